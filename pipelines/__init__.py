@@ -1,0 +1,1 @@
+"""What you run: one module a command, and the Beam wiring they share."""

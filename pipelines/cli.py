@@ -1,0 +1,102 @@
+"""`beamsight <command>`. Only the command that is run is imported, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "build": "read images, run the models, write the catalog and its index",
+    "index": "make a new index from the catalog's table",
+    "search": "find images by text or by image",
+    "inspect": "say what is in a catalog",
+}
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0; 1 where storage or a worker failed; 2 for a user's mistake; 3 where too many images failed.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if argv else EXIT_USER_ERROR
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"beamsight {version('beamsight')}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"beamsight: error: unknown command {argv[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return run_command(argv[0], argv[1:])
+
+
+def run_command(command: str, argv: Sequence[str]) -> int:
+    """Runs one command, and turns what it raises into a message and an exit code."""
+    _set_up_logging()
+    try:
+        # Options first: they are light, and `--help` and wrong flags end the program here.
+        from pipelines import options
+
+        parsed = getattr(options, f"parse_{command}")(argv)
+        return importlib.import_module(f"pipelines.{command}").run(parsed)
+    except KeyboardInterrupt:
+        return _stop_at_once(
+            "interrupted; run the same command again, and it goes on where it stopped", EXIT_INTERRUPTED
+        )
+    except BrokenPipeError:  # the reader of our output (`| head`) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        if os.environ.get("BEAMSIGHT_DEBUG"):
+            raise
+        print(f"beamsight {command}: error: {_message(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Exception as error:
+        if os.environ.get("BEAMSIGHT_DEBUG"):
+            raise
+        return _stop_at_once(f"{_message(error)}\n  (set BEAMSIGHT_DEBUG=1 for the traceback)", EXIT_FAILED, command)
+
+
+def _message(error: BaseException) -> str:
+    """What went wrong, without the traceback that Beam puts into its errors."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return "\n  ".join([lines[0], *getattr(error, "__notes__", [])])
+
+
+def _stop_at_once(message: str, code: int, command: str = "") -> int:
+    """Ends the process without waiting for the threads of a runner, which may be in the middle of a batch."""
+    print(f"beamsight{' ' + command if command else ''}: {message}", file=sys.stderr, flush=True)
+    if "vlm_ops.storage" in sys.modules:
+        sys.modules["vlm_ops.storage"].discard_unfinished()
+    if "apache_beam" in sys.modules and "pytest" not in sys.modules:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _set_up_logging() -> None:
+    level = os.environ.get("BEAMSIGHT_LOG", "INFO").upper()
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stderr)
+    for package in ("pipelines", "vlm_ops", "schemas"):
+        logging.getLogger(package).setLevel(level)
+    # Beam complains here about Google packages that a local run does not need.
+    logging.getLogger("root").addFilter(lambda record: "apitools" not in record.getMessage())
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return f"usage: beamsight COMMAND ...\n\n{commands}\n\n`beamsight COMMAND --help` shows the flags of a command."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

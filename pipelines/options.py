@@ -1,0 +1,270 @@
+"""Flags -> frozen config objects. Nothing heavy is imported here, so that `--help` and a wrong flag
+answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from schemas.recipes import DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MODEL, DEFAULT_OPS
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Flags of `beamsight build`; `beam_args` are those that belong to Beam."""
+
+    input: tuple[str, ...]
+    catalog: str
+    input_format: str
+    uri_column: str | None
+    image_column: str | None
+    caption_field: str | None
+    allowed_schemes: tuple[str, ...]
+    files_per_shard: int
+    storage_options: dict[str, Any]
+    ops: tuple[str, ...]
+    model: str
+    device: str
+    batch_size: int | None
+    num_workers: int
+    max_image_bytes: int
+    max_image_pixels: int
+    max_failure_rate: float
+    recompute: bool
+    runner: str
+    beam_args: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """Flags of `beamsight index`."""
+
+    catalog: str
+    storage_options: dict[str, Any]
+    runner: str
+    num_workers: int
+    beam_args: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Flags of `beamsight search`."""
+
+    catalog: str
+    query: tuple[str, ...]
+    image: tuple[str, ...]
+    queries: str | None
+    k: int
+    json: bool
+    html: str | None
+    model: str | None
+    device: str
+    storage_options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Flags of `beamsight inspect`."""
+
+    catalog: str
+    json: bool
+    storage_options: dict[str, Any]
+
+
+def parse_build(argv: Sequence[str]) -> BuildOptions:
+    parser = _parser("build", "Reads images, runs the models, writes the catalog and its index.")
+    add = parser.add_argument
+    add("--input", nargs="+", action="extend", required=True, metavar="PATTERN",
+        help="folders, globs, {brace..patterns} or files: images, WebDataset tars (plain or gz), Parquet with image bytes, "
+             "lists of image URIs (JSONL, CSV, Parquet); local, s3://, gs:// or any other fsspec filesystem")  # fmt: skip
+    add(
+        "--catalog",
+        required=True,
+        metavar="DIR",
+        help="where the catalog is or will be: a directory, s3://... or gs://...",
+    )
+    add(
+        "--input_format",
+        default="auto",
+        choices=("auto", "tar", "parquet", "list", "image"),
+        help="force the format of all inputs",
+    )
+    add("--uri_column", help="column or field of a list that holds the image URIs (default: found by its name)")
+    add("--image_column", help="Parquet column that holds the image bytes (default: found by name and type)")
+    add("--caption_field", help="metadata field or column that holds captions (default: found by its name)")
+    add(
+        "--allowed_schemes",
+        type=_names,
+        default=(),
+        metavar="S[,S]",
+        help="schemes that listed URIs may have (default: the list's own)",
+    )
+    add(
+        "--files_per_shard",
+        type=_positive_int,
+        default=1000,
+        help="single files that make one unit of work (default: %(default)s)",
+    )
+    add(
+        "--ops",
+        type=_names,
+        default=DEFAULT_OPS,
+        metavar="OP[,OP]",
+        help=f"what to compute (default: {','.join(DEFAULT_OPS)})",
+    )
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="SPEC",
+        help="model spec (default: %(default)s, which needs no download)",
+    )
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the models run (default: %(default)s)")
+    add("--batch_size", type=_positive_int, help="images a batch (default: 16 on a CPU, 128 on a GPU)")
+    add(
+        "--max_image_bytes",
+        type=_positive_int,
+        default=DEFAULT_MAX_IMAGE_BYTES,
+        help="larger files fail (default: %(default)s)",
+    )
+    add(
+        "--max_image_pixels",
+        type=_positive_int,
+        default=DEFAULT_MAX_IMAGE_PIXELS,
+        help="larger images fail (default: %(default)s)",
+    )
+    add("--max_failure_rate", type=_fraction, default=0.05,
+        help="publish nothing, and exit with 3, when a larger share of the images fails (default: %(default)s)")  # fmt: skip
+    add(
+        "--recompute",
+        action="store_true",
+        help="allow another recipe than the catalog's: all of its images are computed anew",
+    )
+    _add_storage(parser)
+    _add_running(parser)
+    args, beam_args = parser.parse_known_args(argv)
+    _check_beam_args(parser, args, beam_args)
+    return BuildOptions(**{**vars(args), "input": tuple(args.input), "beam_args": tuple(beam_args)})
+
+
+def parse_index(argv: Sequence[str]) -> IndexOptions:
+    parser = _parser("index", "Makes a new index from the catalog's table, without touching an image.")
+    _add_catalog(parser)
+    _add_storage(parser)
+    _add_running(parser)
+    args, beam_args = parser.parse_known_args(argv)
+    _check_beam_args(parser, args, beam_args)
+    return IndexOptions(**vars(args), beam_args=tuple(beam_args))
+
+
+def parse_search(argv: Sequence[str]) -> SearchOptions:
+    parser = _parser("search", "Finds images by text or by image.")
+    _add_catalog(parser)
+    add = parser.add_argument
+    add("query", nargs="*", help='texts to search for, such as "two dogs in the snow"')
+    add("--image", action="append", default=[], metavar="FILE", help="search with an image; may be given several times")
+    add("--queries", metavar="FILE", help="file with one text a line, answered in one go as JSON lines")
+    add("-k", type=_positive_int, default=10, help="results a query (default: %(default)s)")
+    add("--json", action="store_true", help="one JSON line a query")
+    add("--html", metavar="FILE", help="also write the results as one self-contained page of thumbnails")
+    add("--model", metavar="SPEC", help="encoder of the queries (default: the one that built the catalog)")
+    add(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where image queries are encoded (default: %(default)s)",
+    )
+    _add_storage(parser)
+    args = parser.parse_intermixed_args(argv)
+    if not (args.query or args.image or args.queries):
+        parser.error("nothing to search for: give a text, --image FILE or --queries FILE")
+    return SearchOptions(**{**vars(args), "query": tuple(args.query), "image": tuple(args.image)})
+
+
+def parse_inspect(argv: Sequence[str]) -> InspectOptions:
+    parser = _parser("inspect", "Says what is in a catalog.")
+    _add_catalog(parser)
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    _add_storage(parser)
+    return InspectOptions(**vars(parser.parse_args(argv)))
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(f"beamsight {command}", description=description, allow_abbrev=False)
+
+
+def _add_catalog(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("catalog", metavar="CATALOG", help="the catalog's directory or URI")
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage_options", type=_json_object, default={}, metavar="JSON",
+        help='options for fsspec, such as \'{"endpoint_url": "https://..."}\'; credentials come from the environment by default',
+    )  # fmt: skip
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running", "Any other flag goes to Apache Beam.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    group.add_argument("--runner", default="local", help="local, or the name of a Beam runner (default: %(default)s)")
+    group.add_argument(
+        "--num_workers",
+        type=_positive_int,
+        default=cores,
+        help="threads of a process (default: the cores, %(default)s here)",
+    )
+
+
+def _check_beam_args(parser: argparse.ArgumentParser, args: argparse.Namespace, beam_args: list[str]) -> None:
+    """A local run knows all of Beam's flags, so what is none of them is a typing error. Other
+    runners have flags of their own, which only they can check."""
+    if not beam_args or args.runner != "local":
+        return
+    from pipelines.runners import unknown_beam_args
+
+    unknown = unknown_beam_args(beam_args)
+    if unknown:
+        import difflib
+
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+        parser.error(f"unknown flag {unknown[0]!r}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text}")
+    return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError("must name at least one")
+    return names
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r} ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
+
+
+_positive_int.__name__ = "whole number"  # argparse shows these in its messages
+_fraction.__name__ = "fraction"

@@ -1,0 +1,114 @@
+"""Progress of a local run: a bar on a terminal, a log line now and then elsewhere.
+
+The workers of the local runner are threads of the launcher's process, so they report straight to
+it. In another process nobody has opened a progress, and reports go nowhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from schemas.samples import ShardRef
+
+logger = logging.getLogger(__name__)
+LOG_INTERVAL_SEC = 10.0
+
+_open: dict[str, Progress] = {}
+
+
+class Progress:
+    """Counts images of one run, and estimates how many there are.
+
+    Single files are counted beforehand. How many images a shard holds is known only once it is
+    read, so their number is estimated from the bytes read so far.
+    """
+
+    def __init__(self, run_id: str, shards: Sequence[ShardRef], on_terminal: bool | None = None) -> None:
+        self.run_id = run_id
+        self._files = sum(len(shard.files) for shard in shards)
+        self._bytes = sum(shard.num_bytes for shard in shards if shard.format != "files")
+        self._shards = len(shards)
+        self._shards_done = 0
+        self._files_done = 0
+        self._shard_images = 0
+        self._shard_bytes = 0
+        self._lock = threading.Lock()
+        self._started = self._logged = time.monotonic()
+        on_terminal = sys.stderr.isatty() if on_terminal is None else on_terminal
+        self._bar = (
+            tqdm(unit="image", unit_scale=False, smoothing=0.05, dynamic_ncols=True, desc="build")
+            if on_terminal
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        _open[self.run_id] = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del _open[self.run_id]
+        if self._bar is not None:
+            self._bar.total = self._bar.n
+            self._bar.close()
+
+    def advance(self, shard: ShardRef, images: int, num_bytes: int) -> None:
+        with self._lock:
+            if shard.format == "files":
+                self._files_done += images
+            else:
+                self._shard_images += images
+                self._shard_bytes += num_bytes
+            self._show(images)
+
+    def finish(self, shard: ShardRef) -> None:
+        with self._lock:
+            self._shards_done += 1
+            self._show(0)
+
+    @property
+    def done(self) -> int:
+        return self._files_done + self._shard_images
+
+    @property
+    def expected(self) -> int | None:
+        """Images expected in all; None before there is anything to estimate from."""
+        if not self._bytes:
+            return self._files
+        if not self._shard_bytes:
+            return None
+        return max(self.done, self._files + round(self._shard_images * self._bytes / self._shard_bytes))
+
+    def _show(self, images: int) -> None:
+        if self._bar is not None:
+            self._bar.total = self.expected
+            self._bar.set_postfix_str(f"shards {self._shards_done}/{self._shards}", refresh=False)
+            self._bar.update(images)
+            return
+        now = time.monotonic()
+        if now - self._logged < LOG_INTERVAL_SEC:
+            return
+        self._logged = now
+        rate = self.done / max(now - self._started, 1e-6)
+        expected = self.expected
+        left = "unknown" if expected is None else f"{max(expected - self.done, 0) / max(rate, 1e-6):.0f} s"
+        logger.info(
+            "%d of about %s images, %.1f images/s, shards %d/%d, time left %s",
+            self.done, expected if expected is not None else "?", rate, self._shards_done, self._shards, left,
+        )  # fmt: skip
+
+
+def report(run_id: str, shard: ShardRef, images: int, num_bytes: int) -> None:
+    """Reports images of a shard to the run's progress, if it was opened in this process."""
+    if progress := _open.get(run_id):
+        progress.advance(shard, images, num_bytes)
+
+
+def report_finished(run_id: str, shard: ShardRef) -> None:
+    if progress := _open.get(run_id):
+        progress.finish(shard)

@@ -1,0 +1,1 @@
+"""What the data is: samples, tables, manifests, the layout of a catalog."""

@@ -1,0 +1,74 @@
+"""The layout of a catalog on storage: every path and file name in one place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_PART_NAME = re.compile(
+    r"part-(?P<location>[ps][0-9a-f]{16})-(?P<content>[0-9a-f]{12})-(?P<recipe>[0-9a-f]{12})\.parquet"
+)
+
+
+@dataclass(frozen=True)
+class CatalogLayout:
+    """Paths of one catalog, as URIs below `root`."""
+
+    root: str
+
+    @property
+    def images(self) -> str:
+        return f"{self.root}/images"
+
+    @property
+    def failures(self) -> str:
+        return f"{self.root}/failures"
+
+    @property
+    def indexes(self) -> str:
+        return f"{self.root}/indexes"
+
+    @property
+    def runs(self) -> str:
+        return f"{self.root}/runs"
+
+    def index_file(self, number: int, name: str) -> str:
+        """`name` is one of INDEX_MANIFEST, INDEX_FILE, INDEX_ROWS."""
+        return f"{self.indexes}/{number}/{name}"
+
+    def run_file(self, run_id: str, name: str) -> str:
+        """`name` is one of RUN_MANIFEST, RUN_METRICS, RUN_REPORT."""
+        return f"{self.runs}/{run_id}/{name}"
+
+
+INDEX_MANIFEST = "manifest.json"
+INDEX_FILE = "embeddings.faiss"
+INDEX_ROWS = "rows.parquet"
+RUN_MANIFEST = "manifest.json"
+RUN_METRICS = "metrics.json"
+RUN_REPORT = "report.html"
+
+
+def part_name(shard_id: str, recipe_id: str) -> str:
+    """File name of a shard's part, the same in `images/` and `failures/`."""
+    return f"part-{shard_id}-{recipe_id}.parquet"
+
+
+@dataclass(frozen=True)
+class PartName:
+    """What the name of a part tells."""
+
+    location_id: str
+    content_id: str
+    recipe_id: str
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the part comes from single files, which are replaced one by one."""
+        return self.location_id.startswith("p")
+
+
+def parse_part_name(name: str) -> PartName | None:
+    """The reverse of `part_name`; None for a file that this project did not name."""
+    match = _PART_NAME.fullmatch(name)
+    return PartName(match["location"], match["content"], match["recipe"]) if match else None

