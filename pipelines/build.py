@@ -231,7 +231,7 @@ def refusal(manifest: RunManifest, max_failure_rate: float) -> str:
 def summary(manifest: RunManifest, catalog: CatalogLayout, wall_sec: float) -> str:
     """What a person is told at the end."""
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.num_failures.items())) or "none"
-    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in manifest.stage_sec.items())
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in manifest.stages)
     reused = f" ({manifest.num_shards_reused} found finished)" if manifest.num_shards_reused else ""
     return "\n".join(
         [

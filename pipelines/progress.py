@@ -38,6 +38,7 @@ class Progress:
         self._files_done = 0
         self._shard_images = 0
         self._shard_bytes = 0
+        self._reported: dict[str, tuple[int, int]] = {}  # (images, bytes) of shards at work
         self._lock = threading.Lock()
         self._started = self._logged = time.monotonic()
         on_terminal = sys.stderr.isatty() if on_terminal is None else on_terminal
@@ -59,17 +60,17 @@ class Progress:
 
     def advance(self, shard: ShardRef, images: int, num_bytes: int) -> None:
         with self._lock:
-            if shard.format == "files":
-                self._files_done += images
-            else:
-                self._shard_images += images
-                self._shard_bytes += num_bytes
-            self._show(images)
+            reported_images, reported_bytes = self._reported.get(shard.shard_id, (0, 0))
+            self._reported[shard.shard_id] = (reported_images + images, reported_bytes + num_bytes)
+            self._count(shard, images, num_bytes)
 
-    def finish(self, shard: ShardRef) -> None:
+    def finish(self, shard: ShardRef, num_images: int) -> None:
+        """Books what was not reported batch by batch: headers and metadata, or a shard that an
+        earlier run had finished."""
         with self._lock:
             self._shards_done += 1
-            self._show(0)
+            images, num_bytes = self._reported.pop(shard.shard_id, (0, 0))
+            self._count(shard, max(num_images - images, 0), max(shard.num_bytes - num_bytes, 0))
 
     @property
     def done(self) -> int:
@@ -83,6 +84,14 @@ class Progress:
         if not self._shard_bytes:
             return None
         return max(self.done, self._files + round(self._shard_images * self._bytes / self._shard_bytes))
+
+    def _count(self, shard: ShardRef, images: int, num_bytes: int) -> None:
+        if shard.format == "files":
+            self._files_done += images
+        else:
+            self._shard_images += images
+            self._shard_bytes += num_bytes
+        self._show(images)
 
     def _show(self, images: int) -> None:
         if self._bar is not None:
@@ -109,6 +118,7 @@ def report(run_id: str, shard: ShardRef, images: int, num_bytes: int) -> None:
         progress.advance(shard, images, num_bytes)
 
 
-def report_finished(run_id: str, shard: ShardRef) -> None:
+def report_finished(run_id: str, shard: ShardRef, num_images: int) -> None:
+    """Reports that a shard is done, with the images it holds."""
     if progress := _open.get(run_id):
-        progress.finish(shard)
+        progress.finish(shard, num_images)

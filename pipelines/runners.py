@@ -35,6 +35,6 @@ def unknown_beam_args(beam_args: Sequence[str]) -> list[str]:
         current = classes.pop()
         classes += current.__subclasses__()
         if "_add_argparse_args" in vars(current):
-            current._add_argparse_args(parser)
+            current._add_argparse_args(parser)  # type: ignore[arg-type]
     _, unknown = parser.parse_known_args(list(beam_args))
     return unknown

@@ -60,7 +60,7 @@ class EnrichShardDoFn(beam.DoFn):
         except Exception as error:
             error.add_note(f"in shard {element.uri}") if hasattr(error, "add_note") else None
             raise
-        progress.report_finished(run_id, element)
+        progress.report_finished(run_id, element, summary.num_images)
         self.images.inc(summary.num_images)
         self.failed_images.inc(summary.num_failed_images)
         self.shards_reused.inc(int(summary.is_reused))

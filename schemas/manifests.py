@@ -50,6 +50,15 @@ class RunManifest:
         values["recipe"] = Recipe.from_dict(values["recipe"])
         return cls(**{**values, "inputs": tuple(values["inputs"])})
 
+    @property
+    def stages(self) -> list[tuple[str, float]]:
+        """Stages and their thread-seconds, in the order of the work."""
+        order = {stage: number for number, stage in enumerate(("read", "decode", "model"))}
+        last = len(order) + 1
+        return sorted(
+            self.stage_sec.items(), key=lambda item: last if item[0] == "write" else order.get(item[0], last - 1)
+        )
+
 
 @dataclass(frozen=True)
 class IndexManifest:

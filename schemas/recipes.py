@@ -6,7 +6,9 @@ import hashlib
 from dataclasses import dataclass
 
 from schemas.samples import to_json
-from schemas.tables import SCHEMA_VERSION
+
+# Raised when a column changes its meaning, so that older rows are computed anew.
+SCHEMA_VERSION = 1
 
 DEFAULT_OPS = ("quality", "features", "labels", "embedding")
 DEFAULT_MODEL = "compact"

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
-
 
 def column(name: str, type_: pa.DataType, producer: str, unit: str, doc: str, required: bool = False) -> pa.Field:
     """An Arrow field with its documentation in the field metadata.

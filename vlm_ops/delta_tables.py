@@ -161,6 +161,7 @@ def _commit(uri: str, schema: pa.Schema, added: Sequence[LivePart], changes: _Ch
             f"another run changed {uri} while this one was committing; run the same command again: "
             f"what was computed is kept ({str(error).splitlines()[0]})"
         ) from error
+    table.update_incremental()
     return table.version()
 
 

@@ -146,7 +146,7 @@ def open_index(catalog: CatalogLayout, storage_options: storage.StorageOptions) 
             f"no index in {catalog.root}; make a catalog with `beamsight build`, or an index with `beamsight index {catalog.root}`"
         )
     with storage.open_for_reading(catalog.index_file(manifest.number, INDEX_FILE), storage_options) as file:
-        index = faiss.read_index(faiss.PyCallbackIOReader(file.read))
+        index = faiss.read_index(faiss.PyCallbackIOReader(file.read))  # type: ignore[attr-defined]
     if manifest.nprobe > 1:
         faiss.extract_index_ivf(index).nprobe = manifest.nprobe
     with storage.open_for_reading(catalog.index_file(manifest.number, INDEX_ROWS), storage_options) as file:

@@ -14,7 +14,7 @@ import importlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import imagehash
 import numpy as np
@@ -255,11 +255,11 @@ def dominant_colors(picture: Image.Image, num_colors: int = NUM_COLORS) -> list[
     """The most frequent colours of a small RGB picture: `{"hex", "share"}`, largest share first."""
     reduced = picture.quantize(num_colors, method=Image.Quantize.FASTOCTREE)
     palette = reduced.getpalette() or []
-    counts = sorted(reduced.getcolors() or [], reverse=True)
+    counts = sorted(cast("list[tuple[int, int]]", reduced.getcolors() or []), reverse=True)
     total = sum(count for count, _ in counts)
     colors = []
     for count, index in counts:
-        red, green, blue = palette[3 * int(index) : 3 * int(index) + 3]  # type: ignore[arg-type]
+        red, green, blue = palette[3 * index : 3 * index + 3]
         colors.append({"hex": f"#{red:02x}{green:02x}{blue:02x}", "share": count / total})
     return colors
 

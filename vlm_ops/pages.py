@@ -108,8 +108,8 @@ def write_run_report(catalog: CatalogLayout, manifest: RunManifest, storage_opti
         ("seconds", manifest.wall_sec),
         ("recipe", manifest.recipe.recipe_id),
     ]
-    table_rows = [(reason, count) for reason, count in sorted(manifest.num_failures.items())]
-    table_rows += [(f"{stage} (thread-seconds)", seconds) for stage, seconds in manifest.stage_sec.items()]
+    table_rows: list[tuple[str, float]] = [(reason, count) for reason, count in sorted(manifest.num_failures.items())]
+    table_rows += [(f"{stage} (thread-seconds)", seconds) for stage, seconds in manifest.stages]
     sections = [Section("Some of its images", [card(row, storage_options) for row in rows])]
     page = render_gallery("Beamsight build", facts, sections, table_rows)
     storage.write_bytes(catalog.run_file(manifest.run_id, RUN_REPORT), page.encode(), storage_options)

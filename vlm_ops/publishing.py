@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from schemas.catalog import RUN_MANIFEST, RUN_METRICS, CatalogLayout
 from schemas.manifests import RunManifest
@@ -73,10 +74,7 @@ def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunM
         num_failed_images=sum(summary.num_failed_images for summary in summaries),
         num_failures=dict(_total(summary.num_failures for summary in summaries)),
         failure_rate=rate,
-        stage_sec={
-            stage: round(seconds, 3)
-            for stage, seconds in _total(summary.stage_sec for summary in summaries if not summary.is_reused).items()
-        },
+        stage_sec=_stages(summaries),
         wall_sec=round((finished - started).total_seconds(), 3),
         beamsight_version=installed_version(),
     )
@@ -108,8 +106,14 @@ def installed_version() -> str:
         return "not installed"
 
 
-def _total(counts: object) -> Counter:
-    total: Counter = Counter()
-    for each in counts:  # type: ignore[attr-defined]
+def _stages(summaries: Sequence[PartSummary]) -> dict[str, float]:
+    """Thread-seconds of what this run computed itself."""
+    total = _total(summary.stage_sec for summary in summaries if not summary.is_reused)
+    return {stage: round(seconds, 3) for stage, seconds in total.items()}
+
+
+def _total(counts: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for each in counts:
         total.update(each)
     return total

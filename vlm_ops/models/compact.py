@@ -145,10 +145,11 @@ def conse(probabilities: np.ndarray, label_embeddings: np.ndarray, num_labels: i
     Returns:
         float32[n, d].
     """
-    kept = np.zeros_like(probabilities)
     top = np.argpartition(probabilities, -num_labels, axis=1)[:, -num_labels:]
-    np.put_along_axis(kept, top, np.take_along_axis(probabilities, top, axis=1), axis=1)
-    embeddings = kept @ label_embeddings
+    weights = np.take_along_axis(probabilities, top, axis=1)
+    # A sum over ten rows, not a matrix product: BLAS would start threads of its own for it, which
+    # cost the model's threads a third of their speed.
+    embeddings = (weights[:, :, None] * label_embeddings[top]).sum(axis=1)
     return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
 

@@ -1,0 +1,39 @@
+# `make demo` sets everything up and runs the main job; `make test` passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+
+.PHONY: demo test quality docs bench clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python examples/demo.py demo
+
+test: quality
+	$(VENV)/bin/pytest
+
+quality: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+docs: $(VENV)/.dev
+	$(VENV)/bin/python docs/generate.py
+
+bench: $(VENV)/.dev
+	$(VENV)/bin/python benchmarks/bench_build.py
+	$(VENV)/bin/python benchmarks/bench_search.py
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "beamsight needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The first installation brings torch and takes some minutes.
+$(VENV)/.demo: setup.py | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: setup.py | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.demo

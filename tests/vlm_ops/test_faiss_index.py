@@ -1,0 +1,111 @@
+"""The index against plain numpy, and what is published when."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from schemas.catalog import INDEX_MANIFEST, CatalogLayout
+from schemas.recipes import Recipe
+from schemas.samples import image_id
+from vlm_ops.delta_tables import commit_parts
+from vlm_ops.faiss_index import build_index, factory_for, newest_manifest, open_index
+from vlm_ops.ops import plan_ops, schema_of, vectors
+from vlm_ops.parts import read_summary, writing_part
+
+import pyarrow as pa  # isort: skip
+
+RECIPE = Recipe(plan_ops(["embedding"], "python:tests.toys"), 1, 1)
+D = 8
+
+
+def catalog_with(folder: Path, embeddings: np.ndarray, num_parts: int = 3) -> CatalogLayout:
+    """A catalog whose images `u0`, `u1`, ... have these embeddings."""
+    catalog = CatalogLayout(str(folder / "catalog"))
+    summaries = []
+    for number, rows in enumerate(np.array_split(np.arange(len(embeddings)), num_parts)):
+        name = f"part-s{number:016x}-{0:012x}-{RECIPE.recipe_id}.parquet"
+        with writing_part(catalog, name, schema_of(RECIPE.ops), RECIPE.recipe_id, "r", {}, {}) as part:
+            uris = [f"u{row}" for row in rows]
+            columns = {name: pa.array(uris) for name in ("uri", "shard_uri", "key")}
+            columns |= {
+                "image_id": pa.array([image_id(uri) for uri in uris]),
+                "image_embedding": vectors(embeddings[rows]),
+            }
+            part.write(columns, len(rows))
+        summaries.append(read_summary(catalog, name, {}))
+    commit_parts(catalog, schema_of(RECIPE.ops), summaries, "r", RECIPE, {})
+    return catalog
+
+
+def unit_vectors(n: int, seed: int = 0, d: int = D) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def test_exact_search_equals_numpy(tmp_path: Path) -> None:
+    embeddings, queries = unit_vectors(200), unit_vectors(5, seed=1)
+    catalog = catalog_with(tmp_path, embeddings)
+    manifest = build_index(catalog, "toy", "1", {})
+    assert (manifest.ntotal, manifest.d, manifest.factory, manifest.number) == (200, D, "IDMap2,Flat", 1)
+    found = open_index(catalog, {}).search(queries, 7)
+    for query, rows in zip(queries, found, strict=True):
+        best = np.argsort(-(embeddings @ query))[:7]
+        assert [row["uri"] for row in rows] == [f"u{i}" for i in best]
+        np.testing.assert_allclose([row["score"] for row in rows], (embeddings @ query)[best], atol=1e-5)
+
+
+def test_rows_are_sorted_by_id(tmp_path: Path) -> None:
+    catalog = catalog_with(tmp_path, unit_vectors(50))
+    build_index(catalog, "toy", "1", {})
+    ids = open_index(catalog, {}).rows.column("image_id").to_pylist()
+    assert ids == sorted(ids) and len(ids) == 50
+
+
+def test_fewer_images_than_asked_for(tmp_path: Path) -> None:
+    catalog = catalog_with(tmp_path, unit_vectors(3))
+    build_index(catalog, "toy", "1", {})
+    assert len(open_index(catalog, {}).search(unit_vectors(1), 10)[0]) == 3
+
+
+def test_inverted_file_beyond_the_exact_limit(tmp_path: Path) -> None:
+    embeddings = unit_vectors(5000, d=16)
+    catalog = catalog_with(tmp_path, embeddings)
+    manifest = build_index(catalog, "toy", "1", {}, exact_limit=1000)
+    assert manifest.factory == "IVF280,Flat" and manifest.nprobe == 17
+    queries = embeddings[::50]
+    found = open_index(catalog, {}).search(queries, 1)
+    assert [rows[0]["uri"] for rows in found] == [f"u{i}" for i in range(0, 5000, 50)]
+
+
+def test_factory_by_size() -> None:
+    assert factory_for(200_000) == ("IDMap2,Flat", 1)
+    assert factory_for(1_000_000) == ("IVF4000,Flat", 250)
+
+
+def test_only_a_whole_index_is_found(tmp_path: Path) -> None:
+    catalog = catalog_with(tmp_path, unit_vectors(5))
+    build_index(catalog, "toy", "1", {})
+    build_index(catalog, "toy", "1", {})
+    Path(catalog.index_file(2, INDEX_MANIFEST)).unlink()  # as if it were still being written
+    manifest = newest_manifest(catalog, {})
+    assert manifest is not None and manifest.number == 1
+    assert build_index(catalog, "toy", "1", {}).number == 3
+
+
+def test_without_an_index_or_a_catalog(tmp_path: Path) -> None:
+    catalog = catalog_with(tmp_path, unit_vectors(5))
+    with pytest.raises(FileNotFoundError, match="no index in .*`beamsight index"):
+        open_index(catalog, {})
+    shutil.rmtree(catalog.images)
+    with pytest.raises(FileNotFoundError, match="no catalog at .*`beamsight build`"):
+        build_index(catalog, "toy", "1", {})
+
+
+def test_a_catalog_without_embeddings(tmp_path: Path) -> None:
+    catalog = catalog_with(tmp_path, np.empty((0, D), np.float32))
+    with pytest.raises(ValueError, match="holds no embeddings; build it with --ops embedding"):
+        build_index(catalog, "toy", "1", {})

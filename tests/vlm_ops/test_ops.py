@@ -1,0 +1,110 @@
+"""Ops: what they fill, what they share, and how a recipe names them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import imagehash
+import numpy as np
+import pytest
+from PIL import Image
+
+from schemas.recipes import OpSpec
+from schemas.samples import Sample
+from tests.conftest import encode, jpeg, photo
+from tests.toys import ToyImageModel
+from vlm_ops.enrich import decode_batch
+from vlm_ops.ops import ImageBatch, dominant_colors, load_ops, plan_ops, schema_of, vectors
+
+TOY = "python:tests.toys"
+
+
+def batch_of(datas: list[bytes], ops: list) -> ImageBatch:
+    samples = [Sample(f"u{i}", f"u{i}", f"k{i}", data) for i, data in enumerate(datas)]
+    batch, failures = decode_batch(samples, [op.preprocessing for op in ops], 10**8)
+    assert not failures
+    return batch
+
+
+def test_quality_tells_the_facts() -> None:
+    (op,) = load_ops([OpSpec("quality")])
+    data = encode(photo(3, 120, 90), "PNG")
+    columns = {name: array.to_pylist()[0] for name, array in op(batch_of([data], [op])).items()}
+    assert (columns["width"], columns["height"], columns["format"]) == (120, 90, "PNG")
+    assert columns["num_bytes"] == len(data)
+    assert columns["content_sha256"] == hashlib.sha256(data).hexdigest()
+    assert len(columns["phash"]) == 16
+    shares = [color["share"] for color in columns["dominant_colors"]]
+    assert sum(shares) == pytest.approx(1, abs=1e-5) and shares == sorted(shares, reverse=True)
+
+
+def test_phash_is_near_for_the_same_picture_and_far_for_another() -> None:
+    (op,) = load_ops([OpSpec("quality")])
+    datas = [jpeg(1, 400, 300), encode(photo(1, 400, 300).resize((200, 150)), "PNG"), jpeg(2, 400, 300)]
+    hashes = [imagehash.hex_to_hash(text) for text in op(batch_of(datas, [op]))["phash"].to_pylist()]
+    assert hashes[0] - hashes[1] <= 6 < 15 <= hashes[0] - hashes[2]
+
+
+def test_dominant_colors_of_two_halves() -> None:
+    picture = Image.new("RGB", (64, 64), (255, 0, 0))
+    picture.paste((0, 0, 255), (0, 0, 64, 16))
+    found = dominant_colors(picture)
+    assert [(color["hex"], round(color["share"], 2)) for color in found] == [("#ff0000", 0.75), ("#0000ff", 0.25)]
+
+
+def test_ops_share_one_forward_pass() -> None:
+    ops = load_ops(plan_ops(["features", "labels", "embedding", "caption"], TOY))
+    batch = batch_of([jpeg(0), jpeg(1)], ops)
+    columns = {}
+    for op in ops:
+        columns |= op(batch)
+    model = ops[0].model
+    assert isinstance(model, ToyImageModel) and model.num_calls == 1
+    assert all(len(array) == 2 for array in columns.values())
+    assert columns["caption"].to_pylist()[0].startswith("a ")
+    assert columns["caption_source"].to_pylist() == ["generated"] * 2
+    best = [row[0] for row in columns["labels"].to_pylist()]
+    assert [f"a {label['name']} picture" for label in best] == columns["caption"].to_pylist()
+
+
+def test_labels_come_likeliest_first() -> None:
+    ops = load_ops(plan_ops(["labels"], TOY))
+    (row,) = ops[0](batch_of([encode(Image.new("RGB", (20, 20), (10, 250, 60)), "PNG")], ops))["labels"].to_pylist()
+    assert [label["name"] for label in row] == ["green", "blue", "red"]
+    assert [label["score"] for label in row] == sorted((label["score"] for label in row), reverse=True)
+
+
+def test_an_op_of_another_package_brings_its_column() -> None:
+    specs = plan_ops(["quality", "tests.toys:BrightnessOp"], "compact")
+    assert schema_of(specs).names[-1] == "brightness"
+    ops = load_ops(specs)
+    white = encode(Image.new("RGB", (9, 9), "white"), "PNG")
+    assert ops[1](batch_of([white], ops))["brightness"].to_pylist() == [pytest.approx(1.0)]
+
+
+@pytest.mark.parametrize(
+    ("names", "model", "message"),
+    [
+        (["quality", "blur"], "compact", "unknown op 'blur'; known ops: quality, features, labels, caption, embedding"),
+        (["quality", "quality"], "compact", "op 'quality' is named twice in --ops"),
+        (["caption"], "compact", "model 'compact' cannot serve op 'caption'; it serves: embedding, features, labels"),
+        (["features"], "nothing", "unknown model 'nothing'"),
+        (["tests.toys:Missing"], "compact", "cannot load op 'tests.toys:Missing'"),
+    ],
+)
+def test_wrong_recipes_say_so_before_any_work(names: list[str], model: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_ops(names, model)
+
+
+def test_another_revision_on_the_worker_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="the recipe asks for model python:tests.toys@0, but python:tests.toys@1 is installed"
+    ):
+        load_ops([OpSpec("features", TOY, "0")])
+
+
+def test_vectors_keep_values_and_shape() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert vectors(values).to_pylist() == values.tolist()
+    assert len(vectors(np.empty((0, 4), np.float32))) == 0
