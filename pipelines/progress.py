@@ -52,10 +52,11 @@ class Progress:
         _open[self.run_id] = self
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         del _open[self.run_id]
         if self._bar is not None:
-            self._bar.total = self._bar.n
+            if kind is None:
+                self._bar.total = self._bar.n  # the estimate may have been a little off
             self._bar.close()
 
     def advance(self, shard: ShardRef, images: int, num_bytes: int) -> None:

@@ -53,7 +53,7 @@ def run(options: SearchOptions) -> int:
     for answer in answers:
         print(as_json(answer) if options.json or options.queries else as_table(answer))
     if options.html:
-        _write_gallery(options.html, answers, catalog, options)
+        _write_gallery(options.html, answers, options)
     return 0
 
 
@@ -122,7 +122,7 @@ def _read_queries(uri: str, options: SearchOptions) -> list[str]:
     return queries
 
 
-def _write_gallery(uri: str, answers: Sequence[Answer], catalog: CatalogLayout, options: SearchOptions) -> None:
+def _write_gallery(uri: str, answers: Sequence[Answer], options: SearchOptions) -> None:
     from vlm_ops.pages import Section, card, render_gallery, thumbnail
 
     sections = []
@@ -131,7 +131,7 @@ def _write_gallery(uri: str, answers: Sequence[Answer], catalog: CatalogLayout, 
         if answer.is_image:
             picture = thumbnail(storage.read_bytes(storage.normalise(answer.query), options.storage_options))
         sections.append(Section(answer.query, [card(row, options.storage_options) for row in answer.results], picture))
-    facts = [("catalog", catalog.root), ("queries", len(answers)), ("results a query", options.k)]
+    facts = [("catalog", options.catalog), ("queries", len(answers)), ("results a query", options.k)]
     page = render_gallery("Beamsight search", facts, sections)
     storage.write_bytes(storage.normalise(uri), page.encode(), options.storage_options)
     print(f"gallery    {uri}", file=sys.stderr)

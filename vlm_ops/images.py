@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from schemas.recipes import DEFAULT_MAX_IMAGE_PIXELS
@@ -25,9 +24,19 @@ from vlm_ops.preprocessing import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
+# torchvision 0.29 deprecates its decoder in favour of TorchCodec; see docs/decisions/0004-decoding.md.
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # gone one day: Pillow then decodes every JPEG
+    decode_jpeg = None
+
 # The limit on pixels is `max_pixels` below, checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
+# What no file but an image begins with: where Pillow makes nothing of it, it is a damaged one.
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
+# `preprocess` looks at no more of a long strip than this many times its shorter side.
+_MAX_ASPECT = 16
 # EXIF orientations that exchange width and height.
 _TRANSPOSED = (5, 6, 7, 8)
 # What Pillow and its decoders raise on bytes that are not what they claim to be.
@@ -60,6 +69,10 @@ def preprocess(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tens
     if preprocessing.fit == "stretch":
         return resize(pixels, size, size)
     height, width = pixels.shape[1:]
+    longest = _MAX_ASPECT * min(height, width)
+    if max(height, width) > longest:  # a line of a million pixels would be resized to gigabytes
+        pixels = F.center_crop(pixels, [min(height, longest), min(width, longest)])
+        height, width = pixels.shape[1:]
     scale = preprocessing.shorter_side / min(height, width)
     resized = resize(pixels, max(size, round(height * scale)), max(size, round(width * scale)))
     return F.center_crop(resized, [size, size])
@@ -85,26 +98,27 @@ def decode(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, shorter_side
         SampleError: The bytes are no image, are damaged, or exceed the limit.
     """
     image = _open(data, max_pixels)
+    if image.format != "JPEG":
+        return _decode_with_pillow(image)
     orientation = _orientation(image)
     width, height = image.size
     if orientation in _TRANSPOSED:
         width, height = height, width
     facts = ImageFacts(width, height, _format(image))
-    is_jpeg = image.format == "JPEG"
-    with _as_sample_error(data):
-        reduced = is_jpeg and shorter_side and min(image.size) >= 4 * shorter_side
-        if is_jpeg and image.mode in ("RGB", "L") and not reduced:
+    with _as_sample_error():
+        reduced = shorter_side and min(image.size) >= 4 * shorter_side
+        if decode_jpeg and image.mode in ("RGB", "L") and not reduced:
             # A truncated JPEG is no error to this decoder's library, only a warning; Pillow,
             # which knows, is asked where the end-of-image marker is missing.
             if b"\xff\xd9" not in data[-64:]:
-                return DecodedImage(_to_pixels(image, orientation), facts)
+                return DecodedImage(_to_pixels(image), facts)
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             pixels = decode_jpeg(buffer, mode=ImageReadMode.RGB)
             return DecodedImage(_turn(pixels, orientation), facts)
         if reduced:
             assert shorter_side is not None
             image.draft(image.mode, (2 * shorter_side, 2 * shorter_side))
-        return DecodedImage(_to_pixels(image, orientation), facts)
+        return DecodedImage(_to_pixels(image), facts)
 
 
 def decode_plainly(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> DecodedImage:
@@ -113,10 +127,12 @@ def decode_plainly(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> D
     Raises:
         SampleError: As `decode`.
     """
-    image = _open(data, max_pixels)
-    orientation = _orientation(image)
-    with _as_sample_error(data):
-        pixels = _to_pixels(image, orientation)
+    return _decode_with_pillow(_open(data, max_pixels))
+
+
+def _decode_with_pillow(image: Image.Image) -> DecodedImage:
+    with _as_sample_error():
+        pixels = _to_pixels(image)
     return DecodedImage(pixels, ImageFacts(pixels.shape[2], pixels.shape[1], _format(image)))
 
 
@@ -127,12 +143,14 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=(*FORMATS, "MPO"))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         start = data[:16]
+        if start.startswith(_SIGNATURES):
+            raise SampleError("corrupt_image", f"damaged header; begins with {start!r}") from None
         raise SampleError("not_an_image", f"not a {', '.join(FORMATS)} image; begins with {start!r}") from None
     except _DECODER_ERRORS as error:
-        raise SampleError("corrupt_image", f"damaged header: {error}") from error
+        raise _sample_error(error, "damaged header: ") from error
     width, height = image.size
     if width * height > max_pixels:
         raise SampleError("too_many_pixels", f"{width}x{height} pixels; the limit is {max_pixels} (--max_image_pixels)")
@@ -144,17 +162,18 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 class _as_sample_error:
     """Turns what decoders raise on bad bytes into a SampleError; memory errors go through."""
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, _DECODER_ERRORS):
-            message = str(error) or type(error).__name__
-            truncated = "truncated" in message.lower() or "premature" in message.lower() or isinstance(error, EOFError)
-            raise SampleError("truncated_image" if truncated else "corrupt_image", message) from error
+            raise _sample_error(error) from error
+
+
+def _sample_error(error: BaseException, prefix: str = "") -> SampleError:
+    message = str(error) or type(error).__name__
+    truncated = "truncated" in message.lower() or "premature" in message.lower() or isinstance(error, EOFError)
+    return SampleError("truncated_image" if truncated else "corrupt_image", prefix + message)
 
 
 def _format(image: Image.Image) -> str:
@@ -190,11 +209,14 @@ def _turn(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
     return pixels.flip(flips) if flips else pixels.contiguous()
 
 
-def _to_pixels(image: Image.Image, orientation: int) -> torch.Tensor:
+def _to_pixels(image: Image.Image) -> torch.Tensor:
     """First frame, upright, as uint8[3, h, w] RGB; transparency is laid on white."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image.load()
+        # Not before it is loaded: to find the orientation Pillow loads a PNG itself, and a damaged one
+        # that is loaded twice is half a picture without an error. A TIFF it turns when it loads it.
+        orientation = _orientation(image)
     rgb = _to_rgb(image)
     if orientation != 1:
         rgb = rgb.transpose(_TURNS[orientation])

@@ -161,10 +161,16 @@ def _alternatives(pattern: str, config: InputConfig) -> list[str]:
 
 
 def _glob(fs: Any, uri: str) -> list[Mapping[str, Any]]:
-    """What a glob matches, and the sidecars in the same folders."""
+    """What a glob matches, and the sidecars in the same folders. As in a shell, `*` is no hidden file."""
     if not any(character in uri for character in _GLOB_CHARACTERS):
         return []
-    matched = fs.glob(uri, detail=True)
+    folder = _folder_of_glob(uri)
+    wants_hidden = "/." in uri[len(folder) :]
+    matched = {
+        name: info
+        for name, info in fs.glob(uri, detail=True).items()
+        if wants_hidden or not _is_hidden(fs, name, folder)
+    }
     folders = {posixpath.dirname(name) for name in matched if has_suffix(name, IMAGE_SUFFIXES)}
     for folder in folders:
         matched |= {
@@ -194,7 +200,7 @@ def _classify(
 
 def _format_of(fs: Any, info: Mapping[str, Any], config: InputConfig, explicit: bool) -> str | None:
     name = str(info["name"]).lower()
-    if has_suffix(name, SIDECAR_SUFFIXES):
+    if has_suffix(name, SIDECAR_SUFFIXES) and not (explicit and config.format in ("tar", "parquet", "list")):
         return None
     if config.format != "auto":
         return config.format
@@ -204,7 +210,9 @@ def _format_of(fs: Any, info: Mapping[str, Any], config: InputConfig, explicit: 
         if has_suffix(name, suffixes):
             return _parquet_or_list(fs, name=str(info["name"]), config=config) if format_ == "parquet" else format_
     if explicit or not posixpath.splitext(name)[1]:
-        sniffed = sniff(fs.cat_file(info["name"], start=0, end=_SNIFF_BYTES))
+        # Object stores refuse a range of an empty file.
+        start = fs.cat_file(info["name"], start=0, end=_SNIFF_BYTES) if info.get("size") != 0 else b""
+        sniffed = sniff(start)
         if sniffed is None and explicit:
             raise ValueError(
                 f"cannot tell the format of {info['name']!r} by suffix or content; force it with --input_format"
@@ -276,7 +284,7 @@ def _read_list(found: _Found, config: InputConfig) -> Iterator[FileRef]:
             message = f"line {number}: {scheme}:// is not allowed here; allow it with --allowed_schemes {scheme}"
             yield FileRef(uri, version, error=("scheme_not_allowed", message))
             continue
-        key = next((str(record[name]) for name in KEY_FIELDS if record.get(name)), None)
+        key = next((str(record[name]) for name in KEY_FIELDS if record.get(name) not in (None, "")), None)
         rest = {name: item for name, item in record.items() if name != column}
         beside = what_stands_beside(rest, config.caption_field)
         yield FileRef(uri, version, key=key, captions=beside.captions, metadata=beside.metadata)
@@ -294,16 +302,26 @@ def _records(found: _Found, config: InputConfig) -> Iterator[tuple[int, dict[str
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
         if has_suffix(found.uri, (".csv", ".tsv")):
             reader = csv.DictReader(text, delimiter="\t" if has_suffix(found.uri, (".tsv",)) else ",", restkey="_rest")
-            if reader.fieldnames and _find_uri_column(list(reader.fieldnames), config) is None:
+            try:
+                names = list(reader.fieldnames or ())
+            except csv.Error as problem:
+                raise ValueError(f"{found.uri}: not CSV: {problem}") from problem
+            if names and _find_uri_column(names, config) is None:
                 wanted = (
                     f"--uri_column {config.uri_column!r}"
                     if config.uri_column
                     else f"a column named one of {', '.join(URI_COLUMNS)}"
                 )
-                raise ValueError(f"{found.uri}: there is no {wanted}; its columns are {', '.join(reader.fieldnames)}")
-            for row in reader:
+                raise ValueError(f"{found.uri}: there is no {wanted}; its columns are {', '.join(names)}")
+            while True:
+                try:
+                    row = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as problem:  # a quotation mark that is never closed, say
+                    yield reader.line_num, None, f"not CSV: {problem}"
+                    continue
                 yield reader.line_num, {str(name): value for name, value in row.items() if value}, None
-            return
         for number, line in enumerate(text, 1):
             if not line.strip():
                 continue
@@ -329,7 +347,12 @@ def _resolve(value: str, list_uri: str) -> str:
     if value.startswith("/") and storage.is_local(list_uri):
         return storage.normalise(value)
     joined = posixpath.join(posixpath.dirname(list_uri), value)
-    return storage.normalise(joined) if storage.is_local(list_uri) else joined
+    if storage.is_local(list_uri):
+        return storage.normalise(joined)
+    if ".." in value.split("/"):  # object stores know no parent folder
+        scheme, _, path = joined.partition("://")
+        return f"{scheme}://{posixpath.normpath(path)}"
+    return joined
 
 
 # --- single files --------------------------------------------------------------------------------

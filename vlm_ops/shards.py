@@ -7,14 +7,17 @@ that fails, a permission that is missing on a shard) propagate, so that the runn
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import math
 import os
 import posixpath
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +33,10 @@ KEY_FIELDS = ("key", "__key__", "id", "image_id")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content", "data")
 URI_COLUMNS = ("uri", "url", "image_uri", "image_url", "image_path", "path", "file", "file_name", "filename", "image")
 _MAX_SIDECAR_BYTES = 1 << 20
+_MAX_METADATA_DEPTH = 32
 _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
+_BAD_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+_HTTP_REFUSED = (401, 403, 410)  # what a list of links meets; 404 is a FileNotFoundError, 5xx is tried again
 _PARQUET_BATCH = 64
 
 
@@ -107,14 +113,13 @@ def read_tar(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failure]:
     with storage.open_for_reading(shard.uri, config.storage_options) as raw:
         is_gzip = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        stream = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw) if is_gzip else raw)
         total = None if is_gzip else (shard.num_bytes or None)
         try:
             for item in iter_members(stream, config.max_image_bytes, total):
                 if isinstance(item, Damage):
-                    reason = item.reason if num_members else "unreadable_shard"
                     yield from groups.flush()
-                    yield _failure(shard.uri, shard, reason, item.message, byte_offset=item.offset)
+                    yield _failure(shard.uri, shard, item.reason, item.message, byte_offset=item.offset)
                     continue
                 num_members += 1
                 yield from groups.add(item, None if is_gzip else item.offset)
@@ -229,7 +234,8 @@ def read_parquet(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failu
                     for values in batch.to_pylist():
                         yield _sample_of_row(values, row, column, shard, config)
                         row += 1
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+                # ValueError and OverflowError: text that is not UTF-8, dates that Python has not.
                 _raise_storage_errors(error)
                 yield _failure(
                     shard.uri, shard, "damaged_shard", f"row group {group} (rows {row} to {end - 1}): {error}"
@@ -261,13 +267,13 @@ def _is_image_type(type_: pa.DataType) -> bool:
 def _sample_of_row(
     values: dict[str, Any], row: int, column: str, shard: ShardRef, config: ReadConfig
 ) -> Sample | Failure:
-    image = values.pop(column)
-    path = None
+    image: Any = values.pop(column)
+    path: Any = None
     if isinstance(image, dict):
         image, path = image.get("bytes"), image.get("path")
     uri = f"{shard.uri}#{row}"
     key = next((str(values[name]) for name in KEY_FIELDS if values.get(name) is not None), None)
-    key = key or (stem(path) if path else str(row))
+    key = key or (stem(path) if isinstance(path, str) else "") or str(row)
     if image is None:
         return _failure(uri, shard, "bad_record", f"row {row}: column {column!r} is null", key)
     if len(image) > config.max_image_bytes:
@@ -293,20 +299,18 @@ def read_files(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failure
 
 
 def _read_file(file: FileRef, shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failure]:
-    if file.num_bytes > config.max_image_bytes:
-        raise SampleError(
-            "too_many_bytes", f"{file.num_bytes} bytes; the limit is {config.max_image_bytes} (--max_image_bytes)"
-        )
+    _check_size(file.num_bytes, config)
     data = _read_small(file.uri, config)
-    if len(data) > config.max_image_bytes:
-        raise SampleError(
-            "too_many_bytes", f"{len(data)} bytes; the limit is {config.max_image_bytes} (--max_image_bytes)"
-        )
+    _check_size(len(data), config)
     key = file.key or stem(file.uri)
     sidecars, errors = [], []
     for uri in file.sidecars:
         try:
-            sidecars.append((posixpath.splitext(uri)[1].lower(), _read_small(uri, config)))
+            sidecar = _read_small(uri, config)
+            if len(sidecar) > _MAX_SIDECAR_BYTES:
+                errors.append(f"{uri}: {len(sidecar)} bytes of metadata; the limit is {_MAX_SIDECAR_BYTES}")
+                continue
+            sidecars.append((posixpath.splitext(uri)[1].lower(), sidecar))
         except SampleError as error:
             errors.append(f"{uri}: {error.message}")
     beside, parse_errors = read_sidecars(sidecars, config.caption_field)
@@ -318,12 +322,36 @@ def _read_file(file: FileRef, shard: ShardRef, config: ReadConfig) -> Iterator[S
 
 
 def _read_small(uri: str, config: ReadConfig) -> bytes:
+    fs = storage.filesystem(uri, config.storage_options)
     try:
-        return storage.read_bytes(uri, config.storage_options)
+        if storage.is_local(uri):
+            status = os.stat(storage.normalise(uri))
+            if not stat.S_ISREG(status.st_mode):  # a pipe or a device might never end
+                raise SampleError("unreadable_file", f"not a regular file: {uri}")
+            _check_size(status.st_size, config)
+        return fs.cat_file(uri)
     except FileNotFoundError as error:
         raise SampleError("missing_file", f"not there: {uri}") from error
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        raise SampleError("unreadable_file", str(error)) from error
+    except Exception as error:
+        if _is_fault_of_file(error):
+            raise SampleError("unreadable_file", f"{uri!r}: {error}") from error
+        raise
+
+
+def _is_fault_of_file(error: Exception) -> bool:
+    """Whether a file, or its name, is to blame; else it is the storage, and trying again may help."""
+    return (
+        isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError | ValueError)
+        or getattr(error, "errno", None) in _BAD_NAME
+        or getattr(error, "status", None) in _HTTP_REFUSED
+        or type(error).__name__ == "ParamValidationError"  # botocore: no name of a bucket or an object
+    )
+
+
+def _check_size(num_bytes: int, config: ReadConfig) -> None:
+    if num_bytes > config.max_image_bytes:
+        message = f"{num_bytes} bytes; the limit is {config.max_image_bytes} (--max_image_bytes)"
+        raise SampleError("too_many_bytes", message)
 
 
 READERS: dict[str, Reader] = {"tar": read_tar, "parquet": read_parquet, "files": read_files}
@@ -365,7 +393,7 @@ def what_stands_beside(values: Mapping[str, Any], caption_field: str | None) -> 
     """Splits metadata fields into captions and the rest."""
     names: Sequence[str] = (caption_field,) if caption_field else CAPTION_FIELDS
     name = next((name for name in names if _sentences(values.get(name))), None)
-    rest = {key: value for key, value in values.items() if key != name and _is_plain(value)}
+    rest = _plain({key: value for key, value in values.items() if key != name})
     metadata = json.dumps(rest, ensure_ascii=False, default=str) if rest else None
     return Beside(_sentences(values.get(name)) if name else (), metadata)
 
@@ -378,13 +406,21 @@ def _sentences(value: Any) -> tuple[str, ...]:
     return ()
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a column's value belongs in JSON metadata: no bytes, at any depth; no nulls or NaN at the top."""
-    if isinstance(value, (bytes, bytearray)) or value is None or value != value:
-        return False
+def _plain(value: Any, depth: int = 0) -> Any:
+    """What JSON can hold of a value; None for bytes, nulls and numbers that are not finite.
+
+    Such fields, and what is nested too deeply, are left out of objects; lists keep their length.
+    """
+    if isinstance(value, (bytes, bytearray)) or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, (dict, list, tuple)) and depth > _MAX_METADATA_DEPTH:
+        return None
     if isinstance(value, dict):
-        return not any(isinstance(inner, (bytes, bytearray)) for inner in value.values())
-    return True
+        plain = {str(key): _plain(inner, depth + 1) for key, inner in value.items()}
+        return {key: inner for key, inner in plain.items() if inner is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, depth + 1) for inner in value]
+    return value
 
 
 def _begins_with(uri: str, magic: bytes, config: ReadConfig) -> bool:

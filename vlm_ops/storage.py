@@ -38,9 +38,12 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> fsspe
 
 
 def normalise(uri: str) -> str:
-    """A local path as an absolute path without a scheme; any other URI without its last slash."""
+    """A local path as an absolute path without a scheme; any other URI without its last slash.
+
+    A file has one name, wherever it was named from: image ids are hashes of it.
+    """
     if scheme_of(uri) == "file":
-        return LocalFileSystem._strip_protocol(os.path.expanduser(uri))
+        return os.path.normpath(LocalFileSystem._strip_protocol(os.path.expanduser(uri)))
     return uri.rstrip("/")
 
 

@@ -7,16 +7,24 @@ header the walk goes on at the next block that is a valid one, and the end is ch
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_PAX = tarfile.XHDTYPE
-_PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+# Types without data behind the header, whatever size it tells; all others, unknown ones too, have some.
+_WITHOUT_DATA = (
+    tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
+)  # fmt: skip
+_HEADERS_OF_NEXT = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 _MAX_HEADER_BYTES = 1 << 20  # a long name or a pax header is never larger
+_PAX_LENGTH = re.compile(rb"([0-9]{1,7}) ")
+_SPARSE_MAP_ENDS = 504  # where a block of GNU's sparse map tells whether another one follows
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,13 @@ def iter_members(file: BinaryIO, max_bytes: int, total_bytes: int | None = None)
 
     Yields:
         A Member for each file, link or directory; a Damage for each damaged stretch, and one at
-        the end where the archive stops before its end-of-archive blocks.
+        the end where the archive stops before its end-of-archive blocks (an `unreadable_shard`
+        where there was no member at all).
     """
     reader = _Reader(file)
     override: dict[str, str] = {}
     damage: Damage | None = None  # where the walk lost its way, as told if it never finds it again
+    num_members = 0
     ended = False
     while True:
         start = reader.offset
@@ -88,44 +98,45 @@ def iter_members(file: BinaryIO, max_bytes: int, total_bytes: int | None = None)
             continue
         header = _parse(block)
         ended = False
-        if header is None or _claims_too_much(header, reader.offset, total_bytes):
+        if header is None or _claims_too_much(header, override, reader.offset, total_bytes):
             damage = damage or _lost_at(start, header)
+            override = {}  # a long name is that of the next member alone, and that one is lost
             continue
         if damage:
             yield Damage("damaged_shard", damage.offset, f"damaged between byte {damage.offset} and byte {start}")
             damage = None
-        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *_PAX_TYPES):
-            payload = reader.read(header.size) if header.size <= _MAX_HEADER_BYTES else None
-            if payload is None or not reader.skip(-header.size % BLOCK):
+        if header.type in _HEADERS_OF_NEXT:
+            told = _read_header_of_next(header, reader)
+            if told is None:
                 break
-            if header.type == tarfile.GNUTYPE_LONGNAME:
-                override["path"] = payload.rstrip(b"\0").decode("utf-8", "backslashreplace")
-            elif header.type in (_PAX, tarfile.SOLARIS_XHDTYPE):
-                override.update(_parse_pax(payload))
+            override |= told
             continue
-        name = override.get("path", header.name)
-        size = int(override["size"]) if override.get("size", "").isdigit() else header.size
+        is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any(name.startswith("GNU.sparse.") for name in override)
+        name = override.get("GNU.sparse.name") or override.get("path") or header.name
+        size = _size(header, override)
         override = {}
-        is_regular = header.type in _REGULAR and not header.issparse()
-        has_payload = is_regular or header.issparse()
+        if header.type == tarfile.GNUTYPE_SPARSE and not _skip_sparse_map(block, reader):
+            break
+        is_regular = header.type in _REGULAR and not is_sparse
         data, offset = None, reader.offset
-        if has_payload:
-            if is_regular and size <= max_bytes:
-                data = reader.read(size)
-                whole = data is not None
-            else:
-                whole = reader.skip(size)
-            if not whole:
-                yield Damage("truncated_shard", offset, f"ends inside member {name!r}, which starts at byte {offset}")
-                return
+        if is_regular and size <= max_bytes:
+            data = reader.read(size)
+            whole = data is not None
+        else:
+            whole = reader.skip(size)
+        if not whole:
+            reason = "truncated_shard" if num_members else "unreadable_shard"
+            yield Damage(reason, offset, f"ends inside member {name!r}, which starts at byte {offset}")
+            return
+        num_members += 1
         yield Member(name, offset, size, is_regular, data)
         # The last member's padding may be missing without any loss; the missing end is noticed below.
-        if has_payload and not reader.skip(-size % BLOCK):
+        if not reader.skip(-size % BLOCK):
             break
+    if not damage and not ended:
+        damage = Damage("truncated_shard", reader.offset, f"ends at byte {reader.offset} without end-of-archive blocks")
     if damage:
-        yield damage
-    elif not ended:
-        yield Damage("truncated_shard", reader.offset, f"ends at byte {reader.offset} without end-of-archive blocks")
+        yield damage if num_members else replace(damage, reason="unreadable_shard")
 
 
 def _parse(block: bytes) -> tarfile.TarInfo | None:
@@ -136,13 +147,44 @@ def _parse(block: bytes) -> tarfile.TarInfo | None:
     return header if header.size >= 0 else None
 
 
-def _claims_too_much(header: tarfile.TarInfo, offset: int, total_bytes: int | None) -> bool:
+def _size(header: tarfile.TarInfo, override: dict[str, str]) -> int:
+    """Bytes of data behind a member's header."""
+    if header.type in _WITHOUT_DATA:
+        return 0
+    told = override.get("size", "") if header.type not in _HEADERS_OF_NEXT else ""
+    return int(told) if re.fullmatch(r"[0-9]{1,20}", told) else header.size
+
+
+def _claims_too_much(header: tarfile.TarInfo, override: dict[str, str], offset: int, total_bytes: int | None) -> bool:
     """Whether the header claims more than the archive holds: a damaged size, or a cut member.
 
     Going on block by block is right for both: behind a damaged header further members are found,
     behind a cut none.
     """
-    return total_bytes is not None and header.type in _REGULAR and offset + header.size > total_bytes
+    if header.type in _HEADERS_OF_NEXT and header.size > _MAX_HEADER_BYTES:
+        return True
+    return total_bytes is not None and offset + _size(header, override) > total_bytes
+
+
+def _read_header_of_next(header: tarfile.TarInfo, reader: _Reader) -> dict[str, str] | None:
+    """What a long name or a pax header says of the member behind it; None where it is cut."""
+    payload = reader.read(header.size)
+    if payload is None or not reader.skip(-header.size % BLOCK):
+        return None
+    if header.type == tarfile.GNUTYPE_LONGNAME:
+        return {"path": payload.partition(b"\0")[0].decode("utf-8", "backslashreplace")}
+    return _parse_pax(payload) if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE) else {}
+
+
+def _skip_sparse_map(header: bytes, reader: _Reader) -> bool:
+    """Passes over the blocks that go on with the sparse map of a header."""
+    is_extended = header[482] != 0
+    while is_extended:
+        block = reader.read(BLOCK)
+        if block is None:
+            return False
+        is_extended = block[_SPARSE_MAP_ENDS] != 0
+    return True
 
 
 def _lost_at(start: int, header: tarfile.TarInfo | None) -> Damage:
@@ -154,12 +196,12 @@ def _lost_at(start: int, header: tarfile.TarInfo | None) -> Damage:
 def _parse_pax(payload: bytes) -> dict[str, str]:
     """`<length> <key>=<value>\\n` records; a malformed rest is left out."""
     records: dict[str, str] = {}
-    while payload:
-        length, _, _ = payload.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(payload):
+    start = 0
+    while length := _PAX_LENGTH.match(payload, start):
+        end = start + int(length[1])
+        if not length.end() < end <= len(payload):
             break
-        record = payload[len(length) + 1 : int(length) - 1]
-        key, _, value = record.partition(b"=")
+        key, _, value = payload[length.end() : end - 1].partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
-        payload = payload[int(length) :]
+        start = end
     return records

@@ -1,0 +1,222 @@
+"""Files appear whole or not at all, names are canonical, and Delta is told the same credentials."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from vlm_ops import storage
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """A URI below which nothing is yet."""
+    yield "memory://storage-test"
+    fs = fsspec.filesystem("memory")
+    if fs.exists("/storage-test"):
+        fs.rm("/storage-test", recursive=True)
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("/a/b", "/a/b"),
+        ("/a/b/", "/a/b"),
+        ("file:///a/b", "/a/b"),
+        ("/a/./c/../b", "/a/b"),
+        ("a/b", "{cwd}/a/b"),
+        ("./a", "{cwd}/a"),
+        ("../a", "{parent}/a"),
+        (".", "{cwd}"),
+        ("~/a", "{home}/a"),
+        ("/", "/"),
+        ("/a b/ü.jpg", "/a b/ü.jpg"),
+        ("s3://bucket/a/", "s3://bucket/a"),
+        ("s3://bucket/a/../b", "s3://bucket/a/../b"),
+        ("memory://a", "memory://a"),
+    ],
+)
+def test_a_file_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, expected: str) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    expected = expected.format(cwd=tmp_path / "home", parent=tmp_path, home="/home/somebody")
+    assert storage.normalise(uri) == expected
+    assert storage.normalise(expected) == expected
+
+
+def test_listed_names_are_canonical(tmp_path: Path, memory: str) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    local = LocalFileSystem()
+    assert [storage.uri_of(local, name) for name in local.find(str(tmp_path))] == [str(tmp_path / "a")]
+    storage.write_bytes(f"{memory}/a", b"x")
+    fs = fsspec.filesystem("memory")
+    (uri,) = (storage.uri_of(fs, name) for name in fs.find(memory))
+    assert storage.scheme_of(uri) == "memory" and storage.read_bytes(uri) == b"x"
+
+
+def test_schemes() -> None:
+    assert [storage.scheme_of(uri) for uri in ("/a", "a", "file:///a", "s3://b/a")] == ["file", "file", "file", "s3"]
+    assert storage.is_local("a") and storage.is_local("file:///a") and not storage.is_local("s3://a")
+    with pytest.raises(ValueError, match="cannot open 'nope://a': Protocol not known: nope"):
+        storage.filesystem("nope://a")
+
+
+def test_options_are_for_remote_filesystems(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    assert storage.read_bytes(str(tmp_path / "a"), {"key": "k", "secret": "s"}) == b"x"
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    return str(tmp_path / "out") if request.param == "local" else f"{memory}/out"
+
+
+def leftovers() -> set[str]:
+    return set(storage._unfinished)
+
+
+def test_writing_whole_files(place: str) -> None:
+    uri = f"{place}/deep/a.bin"
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"old")
+    storage.write_bytes(uri, b"new content")
+    assert storage.read_bytes(uri) == b"new content"
+    with storage.open_for_reading(uri) as file:
+        assert file.read(3) == b"new" and file.read() == b" content"
+    assert len(storage.filesystem(uri).find(place)) == 1 and not leftovers()
+
+
+def test_an_error_while_writing_leaves_nothing_behind(place: str) -> None:
+    uri = f"{place}/a.bin"
+    storage.write_bytes(uri, b"old")
+    with pytest.raises(RuntimeError, match="half way"), storage.replacing(uri) as path:
+        Path(path).write_bytes(b"half of the ne")
+        raise RuntimeError("half way")
+    assert storage.read_bytes(uri) == b"old"
+    assert len(storage.filesystem(uri).find(place)) == 1
+    assert not os.path.exists(path) and not leftovers()
+
+
+def test_an_error_while_publishing_leaves_nothing_behind(
+    tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    storage.write_bytes(f"{memory}/a", b"old")
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(MemoryFileSystem, "put_file", full)
+    monkeypatch.setattr(os, "replace", full)
+    for uri in (f"{memory}/a", str(tmp_path / "a")):
+        with pytest.raises(OSError, match="No space left"), storage.replacing(uri) as path:
+            Path(path).write_bytes(b"new")
+        assert storage.read_bytes(uri) == b"old"
+        assert not os.path.exists(path) and not leftovers()
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_readers_see_the_old_file_until_the_new_one_is_whole(place: str) -> None:
+    uri = f"{place}/a.bin"
+    storage.write_bytes(uri, b"old")
+    with storage.replacing(uri) as path:
+        Path(path).write_bytes(b"new")
+        assert storage.read_bytes(uri) == b"old"
+    assert storage.read_bytes(uri) == b"new"
+
+
+def test_unfinished_files_are_hidden_and_can_be_discarded(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="a.bin"), storage.replacing(str(tmp_path / "a.bin")) as path:
+        Path(path).write_bytes(b"half")
+        assert os.path.dirname(path) == str(tmp_path) and os.path.basename(path).startswith(".")
+        storage.discard_unfinished()
+        assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [] and not leftovers()
+
+
+# --- versions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("info", "version"),
+    [
+        ({"ETag": '"abc"', "size": 3}, "abc"),
+        ({"etag": "abc", "mtime": 1.0}, "abc"),
+        ({"md5Hash": "q1w2==", "size": 3}, "q1w2=="),
+        ({"size": 3, "mtime": 1.5}, "3-1.5"),
+        ({"size": 3, "LastModified": "2026-01-01"}, "3-2026-01-01"),
+        ({}, "0-"),
+    ],
+)
+def test_versions(info: dict, version: str) -> None:
+    assert storage.version_of(info) == version
+
+
+def test_versions_of_files_change_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"x")
+    os.utime(path, (1, 1))
+    info = LocalFileSystem().info(str(path))
+    assert storage.version_of(info) == storage.version_of(LocalFileSystem().info(str(path)))
+    os.utime(path, (2, 2))
+    assert storage.version_of(LocalFileSystem().info(str(path))) != storage.version_of(info)
+
+
+# --- Delta's options -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_aws(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_delta_gets_the_credentials_of_s3(no_aws: pytest.MonkeyPatch) -> None:
+    options = {"key": "k", "secret": "s", "token": "t", "client_kwargs": {"region_name": "eu-west-1"}}
+    expected = {
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "AWS_SESSION_TOKEN": "t",
+        "AWS_REGION": "eu-west-1",
+        "aws_conditional_put": "etag",
+    }
+    assert storage.delta_options("s3://bucket/c", options) == expected
+    assert storage.delta_options("s3a://bucket/c", options) == expected
+    assert storage.delta_options("s3://bucket/c", None) == {"aws_conditional_put": "etag"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"endpoint_url": "http://h:9000"}, {"client_kwargs": {"endpoint_url": "http://h:9000"}}, {}]
+)
+def test_delta_gets_the_endpoint_of_s3(no_aws: pytest.MonkeyPatch, options: dict) -> None:
+    if not options:
+        no_aws.setenv("AWS_ENDPOINT_URL", "http://h:9000")
+        no_aws.setenv("AWS_DEFAULT_REGION", "here")
+    told = storage.delta_options("s3://bucket/c", options)
+    assert (told["AWS_ENDPOINT_URL"], told["AWS_ALLOW_HTTP"]) == ("http://h:9000", "true")
+    assert told.get("AWS_REGION") == (None if options else "here")
+    assert "AWS_ALLOW_HTTP" not in storage.delta_options("s3://b/c", {"endpoint_url": "https://h"})
+
+
+def test_delta_elsewhere(no_aws: pytest.MonkeyPatch) -> None:
+    assert storage.delta_options("/catalog", {"key": "k"}) == {}
+    assert storage.delta_options("gs://bucket/c", {"token": "/keys/a.json"}) == {
+        "GOOGLE_SERVICE_ACCOUNT": "/keys/a.json"
+    }
+    assert storage.delta_options("gcs://bucket/c", {"token": "google_default"}) == {}
+    message = r"a catalog cannot live on memory://; use a local directory, s3:// or gs:// \(got 'memory://c'\)"
+    with pytest.raises(ValueError, match=message):
+        storage.delta_options("memory://c", {})
