@@ -96,7 +96,8 @@ class Failure:
 class FileRef:
     """A single image file, as the planner found it.
 
-    `error` is a `(reason, message)` pair for a list entry that names no usable file; such a
+    `version` changes whenever the file does, or what stands beside it; for an entry of a list,
+    whenever the entry does. `error` is a `(reason, message)` pair for a list entry that names no usable file; such a
     reference still travels, so that the failure is recorded like any other.
     """
 

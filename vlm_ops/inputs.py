@@ -185,17 +185,19 @@ def _classify(
     """Tells the format of each file. Inside a folder what is no input is passed over; a file that
     was named is an error."""
     infos = sorted(infos, key=lambda info: info["name"])
-    beside: dict[str, list[str]] = {}
+    beside: dict[str, list[Mapping[str, Any]]] = {}
     for info in infos:
         if has_suffix(info["name"], SIDECAR_SUFFIXES):
-            beside.setdefault(posixpath.splitext(info["name"])[0], []).append(info["name"])
+            beside.setdefault(posixpath.splitext(info["name"])[0], []).append(info)
     for info in infos:
         format_ = _format_of(fs, info, config, explicit)
         if format_ is None or (format_ == "list" and not explicit):
             continue
-        found = _Found(storage.uri_of(fs, info["name"]), int(info.get("size") or 0), storage.version_of(info), format_)
         sidecars = beside.get(posixpath.splitext(info["name"])[0], []) if format_ == "image" else []
-        yield origin, found, tuple(storage.uri_of(fs, name) for name in sidecars)
+        # What stands beside an image is part of its row, so it is part of its version.
+        version = "+".join(storage.version_of(each) for each in (info, *sidecars))
+        found = _Found(storage.uri_of(fs, info["name"]), int(info.get("size") or 0), version, format_)
+        yield origin, found, tuple(storage.uri_of(fs, each["name"]) for each in sidecars)
 
 
 def _format_of(fs: Any, info: Mapping[str, Any], config: InputConfig, explicit: bool) -> str | None:

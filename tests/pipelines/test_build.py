@@ -92,11 +92,13 @@ def test_new_and_changed_inputs_are_added(photos: Path, tmp_path: Path) -> None:
     (photos / "new.png").write_bytes(png(7))
     (photos / "p0.jpg").write_bytes(jpeg(99))
     os.utime(photos / "p0.jpg", (1, 1))
+    (photos / "p2.txt").write_text("a caption that was not there")
     tar.write_bytes(tar_bytes([("m1.jpg", jpeg(50)), ("m2.jpg", jpeg(51))]))
     assert build(catalog, photos, tar) == 0
     second = by_key(catalog)
     assert set(second) == set(first) | {"new", "m2"} and len(rows(catalog)) == len(second)
     assert second["p0"]["content_sha256"] != first["p0"]["content_sha256"]
+    assert second["p2"]["source_captions"] == ["a caption that was not there"]
     assert second["p1"]["run_id"] == first["p1"]["run_id"] != second["p0"]["run_id"]
     assert json.loads((catalog / "indexes" / "2" / "manifest.json").read_text())["ntotal"] == 9
 
