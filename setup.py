@@ -44,6 +44,6 @@ setup(
         "transformers>=4.48",
     ],
     extras_require={"demo": DEMO, "dev": DEMO + QUALITY + TESTS},
-    entry_points={"console_scripts": ["beamsight=pipelines.cli:main"]},
+    entry_points={"console_scripts": ["beamsight=pipelines.cli:entry_point"]},
     classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
 )

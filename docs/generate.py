@@ -24,7 +24,7 @@ HEAD = """\
 
 Both tables are [Delta Lake](https://delta.io) tables: Parquet files and a transaction log. Read them with a Delta
 reader, not as a folder of Parquet files: the folder also holds parts that a run has not published, or has replaced.
-Leave their compaction to Beamsight: the names of the part files say which shard each comes from.
+Do not compact them with other tools: the names of the part files say which shard each comes from.
 """
 
 

@@ -16,14 +16,14 @@ from datetime import datetime, timezone
 
 import apache_beam as beam
 
-from pipelines.options import BuildOptions, parse_build
+from pipelines.options import BuildOptions
 from pipelines.progress import Progress
-from pipelines.runners import beam_options
+from pipelines.runners import beam_options, run_to_end
 from pipelines.transforms import EnrichShards, IndexConfig, PublishRun, WriteIndex
 from schemas.catalog import RUN_REPORT, CatalogLayout, parse_part_name, part_name
 from schemas.manifests import RunManifest
 from schemas.recipes import OpSpec, Recipe
-from schemas.samples import ShardRef
+from schemas.samples import ShardRef, clean_text
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart, live_parts, open_table, read_columns
 from vlm_ops.enrich import EnrichConfig
@@ -55,10 +55,6 @@ class BuildPlan:
     num_kept: int
 
 
-def main(argv: list[str]) -> int:
-    return run(parse_build(argv))
-
-
 def run(options: BuildOptions) -> int:
     """Runs a build.
 
@@ -70,13 +66,16 @@ def run(options: BuildOptions) -> int:
     """
     resolve_device(options.device)
     catalog = CatalogLayout(storage.normalise(options.catalog))
+    storage.check_writable(catalog.root, options.storage_options)
     plan = plan_build(options, catalog)
     run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     if not plan.shards:
         return _finish_up_to_date(options, catalog, plan)
     num_files = sum(len(shard.files) for shard in plan.shards)
     num_shards = sum(shard.format != "files" for shard in plan.shards)
-    logger.info("run %s: %d shards and %d single files to do, %d kept", run_id, num_shards, num_files, plan.num_kept)
+    logger.info(
+        "run %s: to do: %d shard files, %d single files; kept: %d", run_id, num_shards, num_files, plan.num_kept
+    )
     started = time.perf_counter()
     with Progress(run_id, plan.shards):
         _run_pipeline(options, catalog, plan, run_id)
@@ -98,7 +97,6 @@ def plan_build(options: BuildOptions, catalog: CatalogLayout) -> BuildPlan:
     """
     ops = plan_ops(options.ops, options.model)
     recipe = Recipe(ops, options.max_image_bytes, options.max_image_pixels)
-    storage.delta_options(catalog.root, options.storage_options)  # a scheme that cannot hold a catalog
     listing = list_inputs(
         InputConfig(
             patterns=options.input,
@@ -113,6 +111,11 @@ def plan_build(options: BuildOptions, catalog: CatalogLayout) -> BuildPlan:
     )
     if not listing.shards and not listing.files:
         raise ValueError(f"no images, tars, Parquet files or lists in {' '.join(options.input)}")
+    if listing.passed_over:
+        others = ", ".join(
+            f"{count} of {suffix or 'no suffix'}" for suffix, count in sorted(listing.passed_over.items())
+        )
+        logger.warning("passed over, as no input that is known: %s", others)
     live = live_parts(open_table(catalog.images, options.storage_options))
     live_failures = live_parts(open_table(catalog.failures, options.storage_options))
     _check_recipe(recipe, live, listing, catalog, options)
@@ -120,7 +123,7 @@ def plan_build(options: BuildOptions, catalog: CatalogLayout) -> BuildPlan:
     shards = [shard for shard in listing.shards if part_name(shard.shard_id, recipe.recipe_id) not in live_names]
     known = _known_files(catalog, live, live_failures, recipe, options) if listing.files else set()
     new_files = {
-        place: [file for file in files if (file.uri, file.version) not in known]
+        place: [file for file in files if (clean_text(file.uri), file.version) not in known]
         for place, files in listing.files.items()
     }
     packs = pack(new_files, options.files_per_shard)
@@ -143,7 +146,7 @@ def _check_recipe(
             "or name another catalog"
         )
     covered = {shard.location_id for shard in listing.shards}
-    uris = {file.uri for files in listing.files.values() for file in files}
+    uris = {clean_text(file.uri) for files in listing.files.values() for file in files}
     packed = [part for part in others if (parsed := parse_part_name(part.name)) and parsed.is_packed]
     left = [part for part in others if part not in packed and part.name.split("-")[1] not in covered]
     for part, rows in read_columns(catalog.images, packed, ["uri"], options.storage_options):
@@ -194,7 +197,7 @@ def _run_pipeline(options: BuildOptions, catalog: CatalogLayout, plan: BuildPlan
     )
     if index := _index_config(plan.recipe, catalog, options):
         _ = runs | "Index" >> WriteIndex(index)
-    pipeline.run().wait_until_finish()
+    run_to_end(pipeline)
 
 
 def _index_config(recipe: Recipe, catalog: CatalogLayout, options: BuildOptions) -> IndexConfig | None:
@@ -211,8 +214,9 @@ def _finish_up_to_date(options: BuildOptions, catalog: CatalogLayout, plan: Buil
     config = _index_config(plan.recipe, catalog, options)
     manifest = newest_manifest(catalog, options.storage_options)
     if table is not None and config and (manifest is None or manifest.table_version < table.version()):
-        with beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args)) as pipeline:
-            _ = pipeline | beam.Create([None]) | WriteIndex(config)
+        pipeline = beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args))
+        _ = pipeline | beam.Create([None]) | WriteIndex(config)
+        run_to_end(pipeline)
     print(f"nothing to do: the catalog {catalog.root} has all {plan.num_kept} inputs (shards and single files)")
     return EXIT_OK
 
@@ -224,25 +228,25 @@ def refusal(manifest: RunManifest, max_failure_rate: float) -> str:
         f"beamsight: nothing was published: {manifest.failure_rate:.1%} failed "
         f"({manifest.num_failed_images} failed, {manifest.num_images} good), more than --max_failure_rate {max_failure_rate:g}\n"
         f"  reasons: {reasons}\n"
-        "  Mend the input, or allow more with --max_failure_rate, and run again: what was computed is kept."
+        + "".join(f"  {example}\n" for example in manifest.examples)
+        + "  Mend the input, or allow more with --max_failure_rate, and run again: what was computed is kept."
     )
 
 
 def summary(manifest: RunManifest, catalog: CatalogLayout, wall_sec: float) -> str:
     """What a person is told at the end."""
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.num_failures.items())) or "none"
-    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in manifest.stages)
-    reused = f" ({manifest.num_shards_reused} found finished)" if manifest.num_shards_reused else ""
-    return "\n".join(
-        [
-            f"catalog    {catalog.root}",
-            f"images     {manifest.num_images} in {manifest.num_shards} shards{reused}",
-            f"failures   {reasons}",
-            f"speed      {manifest.num_images / max(wall_sec, 1e-6):.1f} images/s, {wall_sec:.1f} s",
-            f"stages     {stages} (thread-seconds)",
-            f"report     {catalog.run_file(manifest.run_id, RUN_REPORT)}",
-        ]
-    )
+    reused = f", {manifest.num_shards_reused} of them finished by an earlier run" if manifest.num_shards_reused else ""
+    lines = [
+        f"catalog    {catalog.root}",
+        f"images     {manifest.num_images} (shards: {manifest.num_shards}{reused})",
+        f"failures   {reasons}",
+    ]
+    if manifest.num_images_computed:
+        rate = manifest.num_images_computed / max(wall_sec, 1e-6)
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in manifest.stages)
+        lines += [f"speed      {rate:.1f} images/s, {wall_sec:.1f} s", f"stages     {stages} (thread-seconds)"]
+    return "\n".join([*lines, f"report     {catalog.run_file(manifest.run_id, RUN_REPORT)}"])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -48,37 +49,46 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         parsed = getattr(options, f"parse_{command}")(argv)
         return importlib.import_module(f"pipelines.{command}").run(parsed)
     except KeyboardInterrupt:
-        return _stop_at_once(
-            "interrupted; run the same command again, and it goes on where it stopped", EXIT_INTERRUPTED
-        )
+        message = "interrupted; run the same command again, and it goes on where it stopped"
+        return _report(command, message, EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output (`| head`) has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         if os.environ.get("BEAMSIGHT_DEBUG"):
             raise
-        print(f"beamsight {command}: error: {_message(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _report(command, f"error: {_message(error)}", EXIT_USER_ERROR)
     except Exception as error:
         if os.environ.get("BEAMSIGHT_DEBUG"):
             raise
-        return _stop_at_once(f"{_message(error)}\n  (set BEAMSIGHT_DEBUG=1 for the traceback)", EXIT_FAILED, command)
+        message = f"failed: {_message(error)}\n  What was finished is kept: run the same command again."
+        return _report(command, f"{message} BEAMSIGHT_DEBUG=1 shows the traceback.", EXIT_FAILED)
+
+
+def entry_point() -> None:
+    """The command `beamsight`. Ends at once where a run failed or was interrupted: the runner's
+    threads may be in the middle of a batch, and need not be waited for."""
+    code = main()
+    sys.stdout.flush()
+    if code in (EXIT_FAILED, EXIT_INTERRUPTED):
+        os._exit(code)
+    sys.exit(code)
 
 
 def _message(error: BaseException) -> str:
-    """What went wrong, without the traceback that Beam puts into its errors."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return "\n  ".join([lines[0], *getattr(error, "__notes__", [])])
+    """What went wrong. Beam wraps a worker's error into its traceback, whose last line says it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if not lines[0].startswith("Traceback"):
+        return lines[0]
+    return re.sub(r" \[while running .*\]$", "", lines[-1].removeprefix("RuntimeError: "))
 
 
-def _stop_at_once(message: str, code: int, command: str = "") -> int:
-    """Ends the process without waiting for the threads of a runner, which may be in the middle of a batch."""
-    print(f"beamsight{' ' + command if command else ''}: {message}", file=sys.stderr, flush=True)
+def _report(command: str, message: str, code: int) -> int:
+    print(f"beamsight {command}: {message}", file=sys.stderr, flush=True)
     if "vlm_ops.storage" in sys.modules:
         sys.modules["vlm_ops.storage"].discard_unfinished()
-    if "apache_beam" in sys.modules and "pytest" not in sys.modules:
-        sys.stdout.flush()
-        os._exit(code)
     return code
 
 
@@ -89,7 +99,9 @@ def _set_up_logging() -> None:
         logging.getLogger(package).setLevel(level)
     # Beam complains here about Google packages that a local run does not need.
     logging.getLogger("root").addFilter(lambda record: "apitools" not in record.getMessage())
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    # And repeats a worker's traceback at every stage; the message at the end says it once.
+    quiet = logging.ERROR if os.environ.get("BEAMSIGHT_DEBUG") else logging.CRITICAL
+    logging.getLogger("apache_beam").setLevel(quiet)
 
 
 def _help() -> str:
@@ -99,4 +111,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

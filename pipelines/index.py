@@ -6,17 +6,13 @@ import sys
 
 import apache_beam as beam
 
-from pipelines.options import IndexOptions, parse_index
-from pipelines.runners import beam_options
+from pipelines.options import IndexOptions
+from pipelines.runners import beam_options, run_to_end
 from pipelines.transforms import IndexConfig, WriteIndex
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.delta_tables import last_recipe
 from vlm_ops.faiss_index import newest_manifest
-
-
-def main(argv: list[str]) -> int:
-    return run(parse_index(argv))
 
 
 def run(options: IndexOptions) -> int:
@@ -32,8 +28,9 @@ def run(options: IndexOptions) -> int:
     if embedding is None or embedding.model is None or embedding.revision is None:
         raise ValueError(f"the catalog {catalog.root} holds no embeddings; build it with --ops embedding among them")
     config = IndexConfig(catalog.root, embedding.model, embedding.revision, options.storage_options)
-    with beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args)) as pipeline:
-        _ = pipeline | beam.Create([None]) | WriteIndex(config)
+    pipeline = beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args))
+    _ = pipeline | beam.Create([None]) | WriteIndex(config)
+    run_to_end(pipeline)
     manifest = newest_manifest(catalog, options.storage_options)
     assert manifest is not None
     print(

@@ -7,15 +7,11 @@ import sys
 from collections import Counter
 from typing import Any
 
-from pipelines.options import InspectOptions, parse_inspect
+from pipelines.options import InspectOptions
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.delta_tables import last_recipe, live_parts, open_table, read_columns
 from vlm_ops.faiss_index import newest_manifest
-
-
-def main(argv: list[str]) -> int:
-    return run(parse_inspect(argv))
 
 
 def run(options: InspectOptions) -> int:
@@ -84,7 +80,7 @@ def as_text(description: dict[str, Any]) -> str:
     sizes = ", ".join(f"{name} {_megabytes(size)}" for name, size in description["bytes"].items())
     lines = [
         f"catalog    {description['catalog']}",
-        f"images     {description['images']} in {description['parts']} parts",
+        f"images     {description['images']} (parts: {description['parts']})",
         f"failures   {failures}",
         f"recipe     {recipe['recipe_id']}: {ops}",
         f"index      {index_line}",

@@ -8,9 +8,10 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from schemas.recipes import DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MODEL, DEFAULT_OPS
+from schemas.samples import INPUT_FORMATS
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
     add(
         "--input_format",
         default="auto",
-        choices=("auto", "tar", "parquet", "list", "image"),
+        choices=INPUT_FORMATS,
         help="force the format of all inputs",
     )
     add("--uri_column", help="column or field of a list that holds the image URIs (default: found by its name)")
@@ -181,6 +182,8 @@ def parse_search(argv: Sequence[str]) -> SearchOptions:
     args = parser.parse_intermixed_args(argv)
     if not (args.query or args.image or args.queries):
         parser.error("nothing to search for: give a text, --image FILE or --queries FILE")
+    if not all(text.strip() for text in args.query):
+        parser.error("a query is empty; give a text to search for")
     return SearchOptions(**{**vars(args), "query": tuple(args.query), "image": tuple(args.image)})
 
 
@@ -192,8 +195,14 @@ def parse_inspect(argv: Sequence[str]) -> InspectOptions:
     return InspectOptions(**vars(parser.parse_args(argv)))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage of all flags above it."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(f"beamsight {command}", description=description, allow_abbrev=False)
+    return _Parser(f"beamsight {command}", description=description, allow_abbrev=False)
 
 
 def _add_catalog(parser: argparse.ArgumentParser) -> None:

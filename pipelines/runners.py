@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+import sys
 from collections.abc import Sequence
 
+import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 
@@ -25,6 +30,14 @@ def beam_options(runner: str, num_workers: int, beam_args: Sequence[str]) -> Pip
         "--direct_running_mode=in_memory" if num_workers == 1 else "--direct_running_mode=multi_threading",
     ]
     return PipelineOptions([*preset, f"--direct_num_workers={num_workers}", *beam_args])
+
+
+def run_to_end(pipeline: beam.Pipeline) -> None:
+    """Runs a pipeline and waits. Beam's workers print the traceback of an error to stderr wherever it
+    passes; the error comes to the caller all the same, who says it once."""
+    shown = sys.stderr if os.environ.get("BEAMSIGHT_DEBUG") else io.StringIO()
+    with contextlib.redirect_stderr(shown):
+        pipeline.run().wait_until_finish()
 
 
 def unknown_beam_args(beam_args: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.options import SearchOptions, parse_search
+from pipelines.options import SearchOptions
 from schemas.catalog import CatalogLayout
 from schemas.manifests import IndexManifest
 from schemas.samples import SampleError
@@ -27,10 +27,6 @@ class Answer:
     query: str
     is_image: bool
     results: list[dict[str, Any]]
-
-
-def main(argv: list[str]) -> int:
-    return run(parse_search(argv))
 
 
 def run(options: SearchOptions) -> int:

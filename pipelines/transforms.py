@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.faiss_index import build_index
 from vlm_ops.parts import PartSummary
 from vlm_ops.publishing import PublishConfig, publish_run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,7 +61,8 @@ class EnrichShardDoFn(beam.DoFn):
         try:
             summary = self.enricher.enrich(element, lambda images, size: progress.report(run_id, element, images, size))
         except Exception as error:
-            error.add_note(f"in shard {element.uri}") if hasattr(error, "add_note") else None
+            # The type stays what it is, and the message says where: the runner shows nothing else.
+            logger.error("shard %s: %s: %s", element.uri, type(error).__name__, error)
             raise
         progress.report_finished(run_id, element, summary.num_images)
         self.images.inc(summary.num_images)

@@ -18,9 +18,11 @@ class RunManifest:
         status: `committed`, or `refused` when too many images failed and nothing was published.
         table_version: Version of the images table after the run.
         num_images: Rows that the run's parts hold.
+        num_images_computed: Those of them that the run computed itself.
         num_failures: Failures by reason.
         num_failed_images: Failures that cost an image.
         failure_rate: Share of images (or of shards, where larger) that failed.
+        examples: Some of the failures, as text.
         stage_sec: Thread-seconds by stage.
     """
 
@@ -34,9 +36,11 @@ class RunManifest:
     num_shards: int
     num_shards_reused: int
     num_images: int
+    num_images_computed: int
     num_failed_images: int
     num_failures: dict[str, int]
     failure_rate: float
+    examples: tuple[str, ...] = ()
     stage_sec: dict[str, float] = field(default_factory=dict)
     wall_sec: float = 0.0
     beamsight_version: str = ""
@@ -48,16 +52,15 @@ class RunManifest:
     def from_json(cls, text: str) -> RunManifest:
         values: dict[str, Any] = json.loads(text)
         values["recipe"] = Recipe.from_dict(values["recipe"])
-        return cls(**{**values, "inputs": tuple(values["inputs"])})
+        return cls(**{**values, "inputs": tuple(values["inputs"]), "examples": tuple(values["examples"])})
 
     @property
     def stages(self) -> list[tuple[str, float]]:
         """Stages and their thread-seconds, in the order of the work."""
-        order = {stage: number for number, stage in enumerate(("read", "decode", "model"))}
-        last = len(order) + 1
-        return sorted(
-            self.stage_sec.items(), key=lambda item: last if item[0] == "write" else order.get(item[0], last - 1)
-        )
+        first = [stage for stage in ("read", "decode", "model") if stage in self.stage_sec]
+        ops = [stage for stage in self.stage_sec if stage not in (*first, "write")]
+        last = ["write"] if "write" in self.stage_sec else []
+        return [(stage, self.stage_sec[stage]) for stage in (*first, *ops, *last)]
 
 
 @dataclass(frozen=True)

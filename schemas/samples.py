@@ -11,6 +11,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+INPUT_FORMATS = ("auto", "tar", "parquet", "list", "image")
+FILES_PER_SHARD = 1000
+
 # The closed list of reasons a sample or a shard can fail for, with what each one means. The
 # `failures` table holds nothing else in its `reason` column.
 REASONS: dict[str, str] = {

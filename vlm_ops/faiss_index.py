@@ -71,7 +71,7 @@ def build_index(
         raise ValueError(
             f"the images table of {catalog.root} holds no embeddings; build it with --ops embedding among them"
         )
-    number = _next_number(catalog, storage_options)
+    number = _reserve_number(catalog, storage_options)
     with storage.replacing(catalog.index_file(number, INDEX_FILE), storage_options) as path:
         faiss.write_index(index, path)
     with storage.replacing(catalog.index_file(number, INDEX_ROWS), storage_options) as path:
@@ -188,5 +188,14 @@ def _numbers(catalog: CatalogLayout, storage_options: storage.StorageOptions) ->
     return [int(name) for name in names if name.isdigit()]
 
 
-def _next_number(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> int:
-    return max(_numbers(catalog, storage_options), default=0) + 1
+def _reserve_number(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> int:
+    """The next free n. Its directory is made at once, so that of two runs each gets its own (local
+    filesystems; object stores have no directories to make)."""
+    number = max(_numbers(catalog, storage_options), default=0) + 1
+    fs = storage.filesystem(catalog.indexes, storage_options)
+    while True:
+        try:
+            fs.makedirs(f"{catalog.indexes}/{number}", exist_ok=False)
+            return number
+        except FileExistsError:
+            number += 1

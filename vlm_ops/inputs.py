@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import posixpath
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ import braceexpand
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.samples import FileRef, ShardRef
+from schemas.samples import FILES_PER_SHARD, INPUT_FORMATS, FileRef, ShardRef
 from vlm_ops import storage
 from vlm_ops.shards import (
     IMAGE_SUFFIXES,
@@ -33,14 +34,12 @@ from vlm_ops.shards import (
     what_stands_beside,
 )
 
-FORMATS = ("auto", "tar", "parquet", "list", "image")
 _SUFFIXES = {
     "tar": (".tar", ".tgz"),
     "parquet": (".parquet", ".pq"),
     "list": (".jsonl", ".ndjson", ".csv", ".tsv"),
     "image": IMAGE_SUFFIXES,
 }
-FILES_PER_SHARD = 1000
 _GLOB_CHARACTERS = "*?["
 _SNIFF_BYTES = 512
 
@@ -51,7 +50,7 @@ class InputConfig:
 
     Attributes:
         patterns: Files, folders, globs, with brace patterns (`{00000..00041}`), on any filesystem.
-        format: One of FORMATS: told by suffix and content (`auto`), or forced.
+        format: One of INPUT_FORMATS: told by suffix and content (`auto`), or forced.
         uri_column: Column or field of a list that holds the image URIs; None finds it.
         caption_field: As in ReadConfig.
         image_column: As in ReadConfig.
@@ -70,18 +69,25 @@ class InputConfig:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"unknown input format {self.format!r}; use one of {', '.join(FORMATS)}")
+        if self.format not in INPUT_FORMATS:
+            raise ValueError(f"unknown input format {self.format!r}; use one of {', '.join(INPUT_FORMATS)}")
         if self.files_per_shard < 1:
             raise ValueError(f"files_per_shard must be at least 1, got {self.files_per_shard}")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All inputs: shard files, and single image files by the folder or list they come from."""
+    """All inputs.
+
+    Attributes:
+        shards: Shard files.
+        files: Single image files, by the folder or list they come from.
+        passed_over: Files in folders that are no input, counted by their suffix.
+    """
 
     shards: tuple[ShardRef, ...]
     files: dict[str, list[FileRef]]
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_files(self) -> int:
@@ -106,8 +112,12 @@ def list_inputs(config: InputConfig) -> Listing:
     shards: dict[str, ShardRef] = {}
     files: dict[str, dict[str, FileRef]] = {}
     listed: set[str] = set()
+    passed_over: Counter[str] = Counter()
     for pattern in config.patterns:
         for origin, found, sidecars in _expand(pattern, config):
+            if found.format == "other":
+                passed_over[posixpath.splitext(found.uri)[1].lower()] += 1
+                continue
             if found.format in ("tar", "parquet"):
                 shards[found.uri] = ShardRef(found.uri, found.format, found.version, found.size)
                 continue
@@ -118,7 +128,7 @@ def list_inputs(config: InputConfig) -> Listing:
                     listed.add(ref.uri)
                     files.setdefault(place, {})[ref.uri] = ref
     ordered = {place: [refs[uri] for uri in sorted(refs)] for place, refs in sorted(files.items())}
-    return Listing(tuple(shards[uri] for uri in sorted(shards)), ordered)
+    return Listing(tuple(shards[uri] for uri in sorted(shards)), ordered, dict(passed_over))
 
 
 def pack(files: Mapping[str, Sequence[FileRef]], files_per_shard: int = FILES_PER_SHARD) -> list[ShardRef]:
@@ -182,8 +192,8 @@ def _glob(fs: Any, uri: str) -> list[Mapping[str, Any]]:
 def _classify(
     fs: Any, infos: Iterable[Mapping[str, Any]], origin: str, config: InputConfig, explicit: bool
 ) -> Iterator[tuple[str, _Found, tuple[str, ...]]]:
-    """Tells the format of each file. Inside a folder what is no input is passed over; a file that
-    was named is an error."""
+    """Tells the format of each file. Inside a folder what is no input has format `other`; a file
+    that was named is an error."""
     infos = sorted(infos, key=lambda info: info["name"])
     beside: dict[str, list[Mapping[str, Any]]] = {}
     for info in infos:
@@ -191,8 +201,10 @@ def _classify(
             beside.setdefault(posixpath.splitext(info["name"])[0], []).append(info)
     for info in infos:
         format_ = _format_of(fs, info, config, explicit)
-        if format_ is None or (format_ == "list" and not explicit):
+        if has_suffix(info["name"], SIDECAR_SUFFIXES) and format_ is None:
             continue
+        if format_ is None or (format_ == "list" and not explicit):
+            format_ = "other"
         sidecars = beside.get(posixpath.splitext(info["name"])[0], []) if format_ == "image" else []
         # What stands beside an image is part of its row, so it is part of its version.
         version = "+".join(storage.version_of(each) for each in (info, *sidecars))
@@ -312,7 +324,7 @@ def _records(found: _Found, config: InputConfig) -> Iterator[tuple[int, dict[str
                 wanted = (
                     f"--uri_column {config.uri_column!r}"
                     if config.uri_column
-                    else f"a column named one of {', '.join(URI_COLUMNS)}"
+                    else f"column named one of {', '.join(URI_COLUMNS)}"
                 )
                 raise ValueError(f"{found.uri}: there is no {wanted}; its columns are {', '.join(names)}")
             while True:

@@ -24,6 +24,7 @@ from vlm_ops import storage
 
 _SUMMARY = b"beamsight.part"
 _ROWS_PER_GROUP = 1024
+_NUM_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PartSummary:
         stage_sec: Thread-seconds by stage.
         num_bytes: Size of the images part.
         failures_num_bytes: Size of the failures part; 0 where there is none.
+        examples: Its first failures, as text.
         is_reused: Whether an earlier run had made it.
     """
 
@@ -50,6 +52,7 @@ class PartSummary:
     stage_sec: dict[str, float] = field(default_factory=dict)
     num_bytes: int = 0
     failures_num_bytes: int = 0
+    examples: tuple[str, ...] = ()
     is_reused: bool = False
 
 
@@ -119,6 +122,7 @@ def writing_part(
             is_unreadable=any(failure.reason == "unreadable_shard" for failure in writer.failures),
             stage_sec=stage_sec,
             failures_num_bytes=failures_num_bytes,
+            examples=tuple(_as_text(failure) for failure in writer.failures[:_NUM_EXAMPLES]),
         )
         parquet.add_key_value_metadata({_SUMMARY.decode(): json.dumps(asdict(summary))})
 
@@ -145,6 +149,10 @@ def _write_failures(
     with storage.replacing(uri, storage_options) as path:
         pq.write_table(pa.Table.from_pylist(rows, schema=FAILURES), path, compression="zstd")
     return int(storage.filesystem(uri, storage_options).size(uri))
+
+
+def _as_text(failure: Failure) -> str:
+    return clean_text(f"{failure.reason}: {failure.uri}: {failure.message}")[:500]
 
 
 def _failure_row(failure: Failure) -> dict[str, Any]:

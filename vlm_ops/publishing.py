@@ -18,6 +18,8 @@ from vlm_ops.delta_tables import commit_parts
 from vlm_ops.ops import schema_of
 from vlm_ops.parts import PartSummary
 
+_NUM_EXAMPLES = 10
+
 
 @dataclass(frozen=True)
 class PublishConfig:
@@ -71,9 +73,11 @@ def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunM
         num_shards=len(summaries),
         num_shards_reused=sum(summary.is_reused for summary in summaries),
         num_images=sum(summary.num_images for summary in summaries),
+        num_images_computed=sum(summary.num_images for summary in summaries if not summary.is_reused),
         num_failed_images=sum(summary.num_failed_images for summary in summaries),
         num_failures=dict(_total(summary.num_failures for summary in summaries)),
         failure_rate=rate,
+        examples=tuple(text for summary in summaries for text in summary.examples)[:_NUM_EXAMPLES],
         stage_sec=_stages(summaries),
         wall_sec=round((finished - started).total_seconds(), 3),
         beamsight_version=installed_version(),

@@ -78,6 +78,24 @@ def exists(uri: str, storage_options: StorageOptions | None = None) -> bool:
     return filesystem(uri, storage_options).exists(uri)
 
 
+def check_writable(uri: str, storage_options: StorageOptions | None = None) -> None:
+    """Finds out before any work whether a catalog can be here.
+
+    Raises:
+        ValueError: The scheme cannot hold a catalog, or the local path is no directory that can be written.
+    """
+    delta_options(uri, storage_options)
+    if not is_local(uri):
+        return
+    path = normalise(uri)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise ValueError(f"the catalog {uri!r} cannot be made: {path} is not a directory")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"the catalog {uri!r} cannot be written: no permission, or a read-only filesystem, at {path}")
+
+
 @contextlib.contextmanager
 def replacing(uri: str, storage_options: StorageOptions | None = None) -> Iterator[str]:
     """Yields a local path to write; on success its content appears at `uri` in one step.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +83,21 @@ def test_nothing_is_computed_twice(
     assert sorted(rows(catalog), key=lambda row: row["uri"]) == before
 
 
+def test_names_that_are_not_utf8_are_done_once_too(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Path(os.fsdecode(os.fsencode(photos) + b"/\xff.jpg")).write_bytes(jpeg(7))
+    assert build(tmp_path / "c", photos) == build(tmp_path / "c", photos) == 0
+    assert "nothing to do" in capsys.readouterr().out and len(rows(tmp_path / "c")) == 7
+
+
+def test_what_is_no_input_is_not_passed_over_in_silence(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.heic", "b.HEIC", "notes.doc", "p0.txt"):
+        (photos / name).write_bytes(b"x")
+    assert build(tmp_path / "c", photos) == 0
+    assert "passed over, as no input that is known: 1 of .doc, 2 of .heic" in caplog.text
+
+
 def test_new_and_changed_inputs_are_added(photos: Path, tmp_path: Path) -> None:
     catalog, tar = tmp_path / "c", tmp_path / "t.tar"
     tar.write_bytes(tar_bytes([("m1.jpg", jpeg(50))]))
@@ -120,7 +134,7 @@ def test_a_killed_run_goes_on(photos: Path, tmp_path: Path, capsys: pytest.Captu
     assert killed.returncode == 9 and not (catalog / "images" / "_delta_log").exists()
     capsys.readouterr()
     assert build(catalog, *tars) == 0
-    assert "12 in 3 shards (3 found finished)" in capsys.readouterr().out
+    assert "12 (shards: 3, 3 of them finished by an earlier run)" in capsys.readouterr().out
     assert len(rows(catalog)) == 12
 
 
@@ -132,9 +146,10 @@ def test_too_many_failures_publish_nothing(photos: Path, tmp_path: Path, capsys:
     message = capsys.readouterr().err
     assert "nothing was published: 25.0% failed (2 failed, 6 good), more than --max_failure_rate 0.05" in message
     assert "reasons: empty_file 1, not_an_image 1" in message
+    assert f"empty_file: {photos}/empty.jpg: zero bytes" in message and f"not_an_image: {photos}/bad.jpg" in message
     assert not (catalog / "images" / "_delta_log").exists() and not (catalog / "indexes").exists()
     assert build(catalog, photos, flags=("--max_failure_rate", "0.3")) == 0
-    assert "1 shards (1 found finished)" in capsys.readouterr().out
+    assert "6 (shards: 1, 1 of them finished by an earlier run)" in capsys.readouterr().out
     assert {row["reason"] for row in rows(catalog, "failures")} == {"empty_file", "not_an_image"}
 
 
@@ -245,8 +260,9 @@ def test_a_write_that_fails_is_no_user_error_and_keeps_nothing_half(
 
     monkeypatch.setattr("vlm_ops.parts.pq.ParquetWriter", no_space)
     assert build(tmp_path / "c", photos) == 1
-    assert "No space left on device" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "c")
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "run the same command again" in error
+    assert len(error.splitlines()) < 8 and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
@@ -257,6 +273,7 @@ def test_a_write_that_fails_is_no_user_error_and_keeps_nothing_half(
         (["--input", "IN", "--catalog", "C", "--ops", "qualty"], "unknown op 'qualty'"),
         (["--input", "IN", "--catalog", "C", "--ops", "caption", "--model", "compact"], "cannot serve op 'caption'"),
         (["--input", "IN", "--catalog", "memory://c"], "a catalog cannot live on memory://"),
+        (["--input", "IN", "--catalog", "FILE"], "cannot be made: "),
         (["--input", "ftpx://a/b", "--catalog", "C"], "cannot open 'ftpx://a/b'"),
         (["--input", "EMPTY", "--catalog", "C"], "no images, tars, Parquet files or lists in"),
         (["--input", "IN", "--catalog", "C", "--device", "cuda"], "--device cuda was asked for"),
@@ -272,7 +289,12 @@ def test_mistakes_are_told_before_any_work(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "empty").mkdir()
-    names = {"IN": str(photos), "C": str(tmp_path / "c"), "EMPTY": str(tmp_path / "empty")}
+    names = {
+        "IN": str(photos),
+        "C": str(tmp_path / "c"),
+        "EMPTY": str(tmp_path / "empty"),
+        "FILE": str(photos / "p0.jpg"),
+    }
     assert main(["build", *(names.get(each, each) for each in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

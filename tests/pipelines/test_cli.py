@@ -83,6 +83,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture) -> None:
         ),
         (["build", "--input", "i", "--catalog", "c", "--storage_options", "[]"], "must be a JSON object, got '[]'"),
         (["build", "--input", "i", "--catalog", "c", "--ops", ","], "argument --ops: must name at least one"),
+        (["search", "c", " "], "a query is empty; give a text to search for"),
         (["search", "c", "q", "-k", "0"], "argument -k: must be at least 1, got 0"),
         (["inspect"], "the following arguments are required: CATALOG"),
     ],
@@ -117,7 +118,7 @@ def test_other_errors_are_one_line_and_exit_1(
 
     monkeypatch.setattr(pipelines.inspect, "run", failing)
     assert main(["inspect", str(toy_catalog)]) == 1
-    assert capsys.readouterr().err.splitlines()[0] == "beamsight inspect: the network is down"
+    assert capsys.readouterr().err.splitlines()[0] == "beamsight inspect: failed: the network is down"
     monkeypatch.setenv("BEAMSIGHT_DEBUG", "1")
     with pytest.raises(OSError, match="the network is down"):
         cli.main(["inspect", str(toy_catalog)])

@@ -140,7 +140,7 @@ def test_inspect(toy_catalog: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["inspect", str(toy_catalog)]) == 0
     text = capsys.readouterr().out
     for expected in (
-        "images     20 in 2 parts",
+        "images     20 (parts: 2)",
         "failures   none",
         "encoder    compact@",
         "20 vectors of 384 dimensions",

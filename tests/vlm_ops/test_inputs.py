@@ -286,7 +286,7 @@ def test_lists_name_images(tmp_path: Path, suffix: str) -> None:
 def test_lists_inside_a_folder_are_passed_over(tmp_path: Path) -> None:
     for suffix in (".jsonl", ".csv", ".parquet"):
         write_list(tmp_path / f"list{suffix}", RECORDS)
-    assert found(tmp_path) == Listing((), {})
+    assert found(tmp_path) == Listing((), {}, {".jsonl": 1, ".csv": 1, ".parquet": 1})
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_the_uri_column_is_found_or_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri_column", "wanted"), [("photo", "--uri_column 'photo'"), (None, "a column named one of uri, url, ")]
+    ("uri_column", "wanted"), [("photo", "--uri_column 'photo'"), (None, "column named one of uri, url, ")]
 )
 def test_a_csv_without_its_uri_column(tmp_path: Path, uri_column: str | None, wanted: str) -> None:
     path = write_list(tmp_path / "list.csv", [{"thumb": "t.jpg", "n": 1}])
