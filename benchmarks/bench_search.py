@@ -10,17 +10,12 @@ label). Start-up: whole-process seconds of `--help` and of a cold text search, m
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,47 +27,24 @@ def main() -> None:
     )
     parser.add_argument("--model", default="compact", help="model spec")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        flickr, clothing = Path(scratch) / "flickr", Path(scratch) / "clothing"
-        build(args.data / "flickr8k" / "dev-00000.tar", flickr, args.model)
-        build(args.data / "clothing", clothing, args.model)
-        retrieval(flickr, args.model)
-        zero_shot(clothing, args.model)
-        start_up(flickr)
-
-
-def retrieval(catalog: Path, model: str) -> None:
-    from vlm_ops.models import load_text_model
-
-    rows = embeddings(catalog)
-    images = np.stack([row["image_embedding"] for row in rows])
-    captions = [caption for row in rows for caption in row["source_captions"]]
-    owners = np.array([number for number, row in enumerate(rows) for _ in row["source_captions"]])
-    scores = load_text_model(model).encode_texts(captions) @ images.T
-    ranks = (scores > scores[np.arange(len(owners)), owners][:, None]).sum(axis=1)
-    found = ", ".join(f"R@{k} {np.mean(ranks < k):.3f}" for k in (1, 5, 10))
-    print(
-        f"text->image on flickr8k/dev: {found}, median rank {np.median(ranks) + 1:.0f} ({len(captions)} captions, {len(rows)} photos)"
-    )
-
-
-def zero_shot(catalog: Path, model: str) -> None:
-    from vlm_ops.models import load_text_model
-
-    rows = embeddings(catalog)
-    images = np.stack([row["image_embedding"] for row in rows])
-    labels = [json.loads(row["source_metadata"])["label"] for row in rows]
-    names = sorted(set(labels))
-    text_model = load_text_model(model)
+    flickr, clothing = args.data / "flickr8k" / "dev-00000.tar", args.data / "clothing"
+    beamsight("evaluate", "retrieval", "--input", str(flickr), "--model", args.model)
     for template in ("{}", "a photo of a {}"):
-        texts = text_model.encode_texts([template.format(name.lower()) for name in names])
-        best = [names[number] for number in (images @ texts.T).argmax(axis=1)]
-        right = np.mean([mine == true for mine, true in zip(best, labels, strict=True)])
-        print(f"zero-shot on clothing, {template!r}: top-1 {right:.3f} ({len(names)} labels, {len(rows)} photos)")
+        print(f"\ntemplate {template!r}:", flush=True)
+        beamsight("evaluate", "zero-shot", "--input", str(clothing), "--model", args.model, "--template", template)
+    with tempfile.TemporaryDirectory() as scratch:
+        catalog = str(Path(scratch) / "catalog")
+        beamsight("build", "--input", str(flickr), "--catalog", catalog, "--model", args.model, quiet=True)
+        start_up(catalog)
 
 
-def start_up(catalog: Path) -> None:
-    for name, arguments in (("--help", ["--help"]), ("search", ["search", str(catalog), "two dogs in the snow"])):
+def beamsight(*arguments: str, quiet: bool = False) -> None:
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL if quiet else None)
+
+
+def start_up(catalog: str) -> None:
+    for name, arguments in (("--help", ["--help"]), ("search", ["search", catalog, "two dogs in the snow"])):
         seconds = []
         for _ in range(5):
             started = time.perf_counter()
@@ -81,23 +53,6 @@ def start_up(catalog: Path) -> None:
             )
             seconds.append(time.perf_counter() - started)
         print(f"start-up of `beamsight {name}`: {statistics.median(seconds):.2f} s (median of 5)")
-
-
-def build(inputs: Path, catalog: Path, model: str) -> None:
-    from pipelines.cli import main as beamsight
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = beamsight(["build", "--input", str(inputs), "--catalog", str(catalog), "--model", model])
-    assert code == 0
-
-
-def embeddings(catalog: Path) -> list[dict]:
-    from deltalake import DeltaTable
-
-    table = DeltaTable(str(catalog / "images")).to_pyarrow_table(
-        columns=["image_embedding", "source_captions", "source_metadata"]
-    )
-    return [{**row, "image_embedding": np.array(row["image_embedding"], np.float32)} for row in table.to_pylist()]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 
 import apache_beam as beam
 
-from pipelines.options import BuildOptions
+from pipelines.options import BuildOptions, input_config, read_config, recipe_of
 from pipelines.progress import Progress
 from pipelines.runners import beam_options, run_to_end
 from pipelines.transforms import EnrichShards, IndexConfig, PublishRun, WriteIndex
@@ -28,12 +28,11 @@ from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart, live_parts, open_table, read_columns
 from vlm_ops.enrich import EnrichConfig
 from vlm_ops.faiss_index import newest_manifest
-from vlm_ops.inputs import InputConfig, Listing, list_inputs, pack
+from vlm_ops.inputs import Listing, list_inputs, pack
 from vlm_ops.models import resolve_device
 from vlm_ops.ops import plan_ops
 from vlm_ops.pages import write_run_report
 from vlm_ops.publishing import PublishConfig, read_manifest
-from vlm_ops.shards import ReadConfig
 
 logger = logging.getLogger(__name__)
 
@@ -95,27 +94,8 @@ def plan_build(options: BuildOptions, catalog: CatalogLayout) -> BuildPlan:
         ValueError: An op, model or format is wrong, or the catalog has another recipe.
         FileNotFoundError: A pattern matches nothing.
     """
-    ops = plan_ops(options.ops, options.model)
-    recipe = Recipe(ops, options.max_image_bytes, options.max_image_pixels)
-    listing = list_inputs(
-        InputConfig(
-            patterns=options.input,
-            format=options.input_format,
-            uri_column=options.uri_column,
-            caption_field=options.caption_field,
-            image_column=options.image_column,
-            allowed_schemes=options.allowed_schemes,
-            files_per_shard=options.files_per_shard,
-            storage_options=options.storage_options,
-        )
-    )
-    if not listing.shards and not listing.files:
-        raise ValueError(f"no images, tars, Parquet files or lists in {' '.join(options.input)}")
-    if listing.passed_over:
-        others = ", ".join(
-            f"{count} of {suffix or 'no suffix'}" for suffix, count in sorted(listing.passed_over.items())
-        )
-        logger.warning("passed over, as no input that is known: %s", others)
+    recipe = recipe_of(options, plan_ops(options.ops, options.model))
+    listing = list_inputs(input_config(options))
     live = live_parts(open_table(catalog.images, options.storage_options))
     live_failures = live_parts(open_table(catalog.failures, options.storage_options))
     _check_recipe(recipe, live, listing, catalog, options)
@@ -142,7 +122,7 @@ def _check_recipe(
     if not options.recompute:
         raise ValueError(
             f"{catalog.root} holds {num_images} images of recipe {others[0].recipe_id}, but these options make recipe "
-            f"{recipe.recipe_id} (other ops, model, model version or limits); add --recompute to compute them anew, "
+            f"{recipe.recipe_id} (other ops, model, model version, limits or fields); add --recompute to compute them anew, "
             "or name another catalog"
         )
     covered = {shard.location_id for shard in listing.shards}
@@ -180,9 +160,8 @@ def _is_packed(part: LivePart) -> bool:
 
 
 def _run_pipeline(options: BuildOptions, catalog: CatalogLayout, plan: BuildPlan, run_id: str) -> None:
-    read = ReadConfig(options.max_image_bytes, options.image_column, options.caption_field, options.storage_options)
     enrich = EnrichConfig(
-        catalog.root, plan.recipe, run_id, read, options.device, options.batch_size, options.num_workers
+        catalog.root, plan.recipe, run_id, read_config(options), options.device, options.batch_size, options.num_workers
     )
     started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
     publish = PublishConfig(

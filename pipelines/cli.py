@@ -13,6 +13,7 @@ COMMANDS = {
     "build": "read images, run the models, write the catalog and its index",
     "index": "make a new index from the catalog's table",
     "search": "find images by text or by image",
+    "evaluate": "measure a model on images with captions or labels",
     "inspect": "say what is in a catalog",
 }
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130

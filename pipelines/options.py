@@ -8,18 +8,28 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from schemas.recipes import DEFAULT_MAX_IMAGE_BYTES, DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MODEL, DEFAULT_OPS
-from schemas.samples import INPUT_FORMATS
+from schemas.recipes import (
+    DEFAULT_MAX_IMAGE_BYTES,
+    DEFAULT_MAX_IMAGE_PIXELS,
+    DEFAULT_MODEL,
+    DEFAULT_OPS,
+    OpSpec,
+    Recipe,
+)
+from schemas.samples import FILES_PER_SHARD, INPUT_FORMATS
+
+if TYPE_CHECKING:
+    from vlm_ops.inputs import InputConfig
+    from vlm_ops.shards import ReadConfig
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """Flags of `beamsight build`; `beam_args` are those that belong to Beam."""
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """Flags of every command that reads images and runs a model over them."""
 
     input: tuple[str, ...]
-    catalog: str
     input_format: str
     uri_column: str | None
     image_column: str | None
@@ -27,17 +37,35 @@ class BuildOptions:
     allowed_schemes: tuple[str, ...]
     files_per_shard: int
     storage_options: dict[str, Any]
-    ops: tuple[str, ...]
     model: str
     device: str
     batch_size: int | None
     num_workers: int
     max_image_bytes: int
     max_image_pixels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(ReadingOptions):
+    """Flags of `beamsight build`; `beam_args` are those that belong to Beam."""
+
+    catalog: str
+    ops: tuple[str, ...]
     max_failure_rate: float
     recompute: bool
     runner: str
     beam_args: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ReadingOptions):
+    """Flags of `beamsight evaluate`. `label_field` and `template` are for `zero-shot`."""
+
+    task: str
+    label_field: str
+    template: tuple[str, ...]
+    json: bool
+    html: str | None
 
 
 @dataclass(frozen=True)
@@ -79,76 +107,37 @@ class InspectOptions:
 def parse_build(argv: Sequence[str]) -> BuildOptions:
     parser = _parser("build", "Reads images, runs the models, writes the catalog and its index.")
     add = parser.add_argument
-    add("--input", nargs="+", action="extend", required=True, metavar="PATTERN",
-        help="folders, globs, {brace..patterns} or files: images, WebDataset tars (plain or gz), Parquet with image bytes, "
-             "lists of image URIs (JSONL, CSV, Parquet); local, s3://, gs:// or any other fsspec filesystem")  # fmt: skip
-    add(
-        "--catalog",
-        required=True,
-        metavar="DIR",
-        help="where the catalog is or will be: a directory, s3://... or gs://...",
-    )
-    add(
-        "--input_format",
-        default="auto",
-        choices=INPUT_FORMATS,
-        help="force the format of all inputs",
-    )
-    add("--uri_column", help="column or field of a list that holds the image URIs (default: found by its name)")
-    add("--image_column", help="Parquet column that holds the image bytes (default: found by name and type)")
-    add("--caption_field", help="metadata field or column that holds captions (default: found by its name)")
-    add(
-        "--allowed_schemes",
-        type=_names,
-        default=(),
-        metavar="S[,S]",
-        help="schemes that listed URIs may have (default: the list's own)",
-    )
-    add(
-        "--files_per_shard",
-        type=_positive_int,
-        default=1000,
-        help="single files that make one unit of work (default: %(default)s)",
-    )
-    add(
-        "--ops",
-        type=_names,
-        default=DEFAULT_OPS,
-        metavar="OP[,OP]",
-        help=f"what to compute (default: {','.join(DEFAULT_OPS)})",
-    )
-    add(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="SPEC",
-        help="model spec (default: %(default)s, which needs no download)",
-    )
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the models run (default: %(default)s)")
-    add("--batch_size", type=_positive_int, help="images a batch (default: 16 on a CPU, 128 on a GPU)")
-    add(
-        "--max_image_bytes",
-        type=_positive_int,
-        default=DEFAULT_MAX_IMAGE_BYTES,
-        help="larger files fail (default: %(default)s)",
-    )
-    add(
-        "--max_image_pixels",
-        type=_positive_int,
-        default=DEFAULT_MAX_IMAGE_PIXELS,
-        help="larger images fail (default: %(default)s)",
-    )
+    _add_reading(parser)
+    add("--catalog", required=True, metavar="DIR", help="where the catalog is or will be: a directory, s3:// or gs://")
+    add("--ops", type=_names, default=DEFAULT_OPS, metavar="OP[,OP]",
+        help=f"what to compute (default: {','.join(DEFAULT_OPS)})")  # fmt: skip
     add("--max_failure_rate", type=_fraction, default=0.05,
         help="publish nothing, and exit with 3, when a larger share of the images fails (default: %(default)s)")  # fmt: skip
-    add(
-        "--recompute",
-        action="store_true",
-        help="allow another recipe than the catalog's: all of its images are computed anew",
-    )
-    _add_storage(parser)
+    add("--recompute", action="store_true",
+        help="allow another recipe than the catalog's: all of its images are computed anew")  # fmt: skip
     _add_running(parser)
     args, beam_args = parser.parse_known_args(argv)
     _check_beam_args(parser, args, beam_args)
     return BuildOptions(**{**vars(args), "input": tuple(args.input), "beam_args": tuple(beam_args)})
+
+
+def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
+    parser = _parser("evaluate", "Measures a model on images with captions or labels.")
+    add = parser.add_argument
+    add("task", choices=("retrieval", "zero-shot"),
+        help="retrieval: captions find their image, images their captions; zero-shot: the best of all labels")  # fmt: skip
+    _add_reading(parser)
+    add("--label_field", default="label", help="metadata field that holds the label (default: %(default)s)")
+    add("--template", action="append", default=[],
+        help="text of a label, {} standing for it; several are averaged (default: 'a photo of a {}')")  # fmt: skip
+    add("--json", action="store_true", help="as one JSON object")
+    add("--html", metavar="FILE", help="also write the best and worst examples as one self-contained page")
+    _add_workers(parser)
+    args = parser.parse_args(argv)
+    templates = tuple(args.template) or ("a photo of a {}",)
+    if wrong := [template for template in templates if "{}" not in template]:
+        parser.error(f"argument --template: {{}} must stand for the label, got {wrong[0]!r}")
+    return EvaluateOptions(**{**vars(args), "input": tuple(args.input), "template": templates})
 
 
 def parse_index(argv: Sequence[str]) -> IndexOptions:
@@ -201,6 +190,34 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+def input_config(options: ReadingOptions) -> InputConfig:
+    """What to read, in the words of `vlm_ops.inputs`."""
+    from vlm_ops.inputs import InputConfig
+
+    return InputConfig(
+        patterns=options.input,
+        format=options.input_format,
+        uri_column=options.uri_column,
+        caption_field=options.caption_field,
+        image_column=options.image_column,
+        allowed_schemes=options.allowed_schemes,
+        files_per_shard=options.files_per_shard,
+        storage_options=options.storage_options,
+    )
+
+
+def recipe_of(options: ReadingOptions, ops: tuple[OpSpec, ...]) -> Recipe:
+    """The ops with every flag that decides what a row contains."""
+    return Recipe(ops, options.max_image_bytes, options.max_image_pixels, options.caption_field, options.image_column)
+
+
+def read_config(options: ReadingOptions) -> ReadConfig:
+    """How to read it, in the words of `vlm_ops.shards`."""
+    from vlm_ops.shards import ReadConfig
+
+    return ReadConfig(options.max_image_bytes, options.image_column, options.caption_field, options.storage_options)
+
+
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return _Parser(f"beamsight {command}", description=description, allow_abbrev=False)
 
@@ -216,16 +233,44 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", nargs="+", action="extend", required=True, metavar="PATTERN",
+        help="folders, globs, {brace..patterns} or files: images, WebDataset tars (plain or gz), Parquet with image bytes, "
+             "lists of image URIs (JSONL, CSV, Parquet); local, s3://, gs:// or any other fsspec filesystem")  # fmt: skip
+    add("--input_format", default="auto", choices=INPUT_FORMATS, help="force the format of all inputs")
+    add("--uri_column", help="column or field of a list that holds the image URIs (default: found by its name)")
+    add("--image_column", help="Parquet column that holds the image bytes (default: found by name and type)")
+    add("--caption_field", help="metadata field or column that holds captions (default: found by its name)")
+    add("--allowed_schemes", type=_names, default=(), metavar="S[,S]",
+        help="schemes that listed URIs may have (default: the list's own)")  # fmt: skip
+    add("--files_per_shard", type=_positive_int, default=FILES_PER_SHARD,
+        help="single files that make one unit of work (default: %(default)s)")  # fmt: skip
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="SPEC",
+        help="model spec (default: %(default)s, which needs no download)",
+    )
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the models run (default: %(default)s)")
+    add("--batch_size", type=_positive_int, help="images a batch (default: 16 on a CPU, 128 on a GPU)")
+    add("--max_image_bytes", type=_positive_int, default=DEFAULT_MAX_IMAGE_BYTES,
+        help="larger files fail (default: %(default)s)")  # fmt: skip
+    add("--max_image_pixels", type=_positive_int, default=DEFAULT_MAX_IMAGE_PIXELS,
+        help="larger images fail (default: %(default)s)")  # fmt: skip
+    _add_storage(parser)
+
+
+def _add_workers(parser: argparse._ActionsContainer) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    parser.add_argument("--num_workers", type=_positive_int, default=cores,
+                        help="threads of a process (default: the cores, %(default)s here)")  # fmt: skip
+
+
 def _add_running(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running", "Any other flag goes to Apache Beam.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     group.add_argument("--runner", default="local", help="local, or the name of a Beam runner (default: %(default)s)")
-    group.add_argument(
-        "--num_workers",
-        type=_positive_int,
-        default=cores,
-        help="threads of a process (default: the cores, %(default)s here)",
-    )
+    _add_workers(group)
 
 
 def _check_beam_args(parser: argparse.ArgumentParser, args: argparse.Namespace, beam_args: list[str]) -> None:

@@ -33,12 +33,16 @@ class Recipe:
         ops: The ops.
         max_image_bytes: Larger encoded images fail as `too_many_bytes`.
         max_image_pixels: Larger images fail as `too_many_pixels`.
+        caption_field: Where captions are looked for; None: in the usual fields.
+        image_column: Parquet column of the images; None: found.
         schema_version: Version of the table schemas.
     """
 
     ops: tuple[OpSpec, ...]
     max_image_bytes: int
     max_image_pixels: int
+    caption_field: str | None = None
+    image_column: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

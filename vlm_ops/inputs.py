@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,9 @@ _SUFFIXES = {
     "list": (".jsonl", ".ndjson", ".csv", ".tsv"),
     "image": IMAGE_SUFFIXES,
 }
+
+logger = logging.getLogger(__name__)
+
 _GLOB_CHARACTERS = "*?["
 _SNIFF_BYTES = 512
 
@@ -107,7 +111,7 @@ def list_inputs(config: InputConfig) -> Listing:
 
     Raises:
         FileNotFoundError: A pattern matches nothing.
-        ValueError: A file's format cannot be told, or a list has no column of URIs.
+        ValueError: There is no input in what the patterns match, a file's format cannot be told, or a list has no column of URIs.
     """
     shards: dict[str, ShardRef] = {}
     files: dict[str, dict[str, FileRef]] = {}
@@ -128,6 +132,11 @@ def list_inputs(config: InputConfig) -> Listing:
                     listed.add(ref.uri)
                     files.setdefault(place, {})[ref.uri] = ref
     ordered = {place: [refs[uri] for uri in sorted(refs)] for place, refs in sorted(files.items())}
+    if passed_over:
+        others = ", ".join(f"{count} of {suffix or 'no suffix'}" for suffix, count in sorted(passed_over.items()))
+        logger.warning("passed over, as no input that is known: %s", others)
+    if not shards and not ordered:
+        raise ValueError(f"no images, tars, Parquet files or lists in {' '.join(config.patterns)}")
     return Listing(tuple(shards[uri] for uri in sorted(shards)), ordered, dict(passed_over))
 
 

@@ -49,7 +49,9 @@ def test_a_text_search_loads_no_torch(toy_catalog: Path) -> None:
 
 def test_unknown_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["biuld"]) == 2
-    assert "unknown command 'biuld'; the commands are build, index, search, inspect" in capsys.readouterr().err
+    assert (
+        "unknown command 'biuld'; the commands are build, index, search, evaluate, inspect" in capsys.readouterr().err
+    )
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture) -> None:

@@ -1,0 +1,96 @@
+"""Metrics as pure functions of scores; each is tested against a naive one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+RECALL_AT = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with the bounds of its 95 % bootstrap confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def text_to_image_ranks(similarity: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """Rank of each caption's own image, 1 is best; ties count against it.
+
+    Args:
+        similarity: float[num_captions, num_images].
+        owners: int[num_captions], the image that each caption belongs to.
+
+    Returns:
+        int[num_captions].
+    """
+    own = similarity[np.arange(len(owners)), owners]
+    return (similarity >= own[:, None]).sum(axis=1)
+
+
+def image_to_text_ranks(similarity: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """Rank of the best of each image's own captions among all captions, 1 is best.
+
+    Own captions do not stand in each other's way; ties with captions of others count against them.
+    Images without a caption must not be among the columns.
+
+    Args:
+        similarity, owners: As in `text_to_image_ranks`.
+
+    Returns:
+        int[num_images].
+    """
+    num_images = similarity.shape[1]
+    mine = owners[:, None] == np.arange(num_images)[None, :]
+    best = np.where(mine, similarity, -np.inf).max(axis=0)
+    return ((similarity >= best[None, :]) & ~mine).sum(axis=0) + 1
+
+
+def recall_at(ranks: np.ndarray, k: int) -> float:
+    """Share of the queries whose answer is among the first k."""
+    return float((ranks <= k).mean())
+
+
+def top_k_accuracy(scores: np.ndarray, targets: np.ndarray, k: int) -> np.ndarray:
+    """Whether the target is among the k best classes of each row; ties count against it.
+
+    Args:
+        scores: float[n, num_classes].
+        targets: int[n].
+
+    Returns:
+        bool[n].
+    """
+    own = scores[np.arange(len(targets)), targets]
+    return (scores >= own[:, None]).sum(axis=1) <= k
+
+
+def bootstrap(
+    values: np.ndarray,
+    statistic: Callable[[np.ndarray], float],
+    groups: np.ndarray | None = None,
+    num_resamples: int = 500,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic with its 95 % percentile bootstrap interval (Efron 1979).
+
+    Args:
+        values: One value an observation.
+        groups: int[n], observations that belong together and are resampled together (the captions
+            of one image are no independent draws); None: each stands alone.
+    """
+    groups = np.arange(len(values)) if groups is None else groups
+    order = np.argsort(groups, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    rng = np.random.default_rng(seed)
+    resampled = []
+    for _ in range(num_resamples):
+        chosen = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+        resampled.append(statistic(values[chosen]))
+    low, high = np.percentile(resampled, (2.5, 97.5))
+    return Estimate(statistic(values), float(low), float(high))
