@@ -95,7 +95,7 @@ def plan_build(options: BuildOptions, catalog: CatalogLayout) -> BuildPlan:
         FileNotFoundError: A pattern matches nothing.
     """
     recipe = recipe_of(options, plan_ops(options.ops, options.model))
-    listing = list_inputs(input_config(options))
+    listing = list_inputs(input_config(options, options.input))
     live = live_parts(open_table(catalog.images, options.storage_options))
     live_failures = live_parts(open_table(catalog.failures, options.storage_options))
     _check_recipe(recipe, live, listing, catalog, options)

@@ -7,23 +7,16 @@ cache, so that a second evaluation of the same model and images computes nothing
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from pipelines import progress
-from pipelines.options import EvaluateOptions, input_config, read_config, recipe_of
-from schemas.catalog import CatalogLayout
-from schemas.tables import INDEX_ROW_COLUMNS
+from pipelines.corpora import encode_corpus, matrix
+from pipelines.options import EvaluateOptions
 from vlm_ops import storage
-from vlm_ops.delta_tables import LivePart, read_columns
-from vlm_ops.enrich import EnrichConfig, Enricher
-from vlm_ops.inputs import list_inputs, pack
 from vlm_ops.metrics import (
     RECALL_AT,
     Estimate,
@@ -34,11 +27,7 @@ from vlm_ops.metrics import (
     top_k_accuracy,
 )
 from vlm_ops.models import load_text_model
-from vlm_ops.models.onnx_engine import cache_dir
-from vlm_ops.ops import plan_ops
 from vlm_ops.pages import Section, card, render_gallery
-
-logger = logging.getLogger(__name__)
 
 _NUM_EXAMPLES = 12
 _OPS = ("quality", "embedding")
@@ -78,7 +67,7 @@ def run(options: EvaluateOptions) -> int:
         ValueError: The model makes no embeddings, or no image has a caption or label.
         FileNotFoundError: A pattern matches nothing.
     """
-    rows, vectors, model_name = encode_images(options)
+    rows, vectors, model_name = _embeddings(options)
     if options.task == "retrieval":
         evaluation = evaluate_retrieval(rows, vectors, model_name, options)
     else:
@@ -92,35 +81,13 @@ def run(options: EvaluateOptions) -> int:
     return 0
 
 
-def encode_images(options: EvaluateOptions) -> tuple[list[dict[str, Any]], np.ndarray, str]:
-    """(rows, embeddings float32[n, d], model name) of all images of the inputs, in the order of the inputs."""
-    recipe = recipe_of(options, plan_ops(_OPS, options.model))
+def _embeddings(options: EvaluateOptions) -> tuple[list[dict[str, Any]], np.ndarray, str]:
+    """(rows, embeddings float32[n, d], model name) of all images of the inputs, in their order."""
+    table, recipe = encode_corpus(options, options.input, _OPS)
     embedding = recipe.op("embedding")
     assert embedding is not None
-    listing = list_inputs(input_config(options))
-    shards = [*listing.shards, *pack(listing.files, options.files_per_shard)]
-    catalog = CatalogLayout(str(cache_dir() / "evaluate"))
-    config = EnrichConfig(
-        catalog.root, recipe, "evaluate", read_config(options), options.device, options.batch_size, options.num_workers
-    )
-    enricher = Enricher(config)
-    tables, num_failed = [], 0
-    with progress.Progress("evaluate", shards) as bar:
-        for shard in shards:
-            summary = enricher.enrich(shard, lambda images, size, shard=shard: bar.advance(shard, images, size))  # type: ignore[misc]
-            bar.finish(shard, summary.num_images)
-            num_failed += summary.num_failed_images
-            columns = [*INDEX_ROW_COLUMNS, "source_captions", "source_metadata", "image_embedding"]
-            part = LivePart(summary.name, summary.num_images, summary.num_bytes)
-            tables += [table for _, table in read_columns(catalog.images, [part], columns, {})]
-    if num_failed:
-        logger.warning("%d images failed and are left out", num_failed)
-    table = pa.concat_tables(tables)
-    if not table.num_rows:
-        raise ValueError(f"no image of {' '.join(options.input)} could be read")
-    values = table.column("image_embedding").combine_chunks()
-    vectors = values.flatten().to_numpy().reshape(len(values), -1)
-    return table.drop_columns(["image_embedding"]).to_pylist(), vectors, f"{embedding.model}@{embedding.revision}"
+    rows = table.drop_columns(["image_embedding"]).to_pylist()
+    return rows, matrix(table, "image_embedding"), f"{embedding.model}@{embedding.revision}"
 
 
 def evaluate_retrieval(
@@ -221,8 +188,18 @@ def _evaluation(
     figures: dict[str, Estimate],
     examples: list[Example],
 ) -> Evaluation:
-    best, worst = examples[:_NUM_EXAMPLES], examples[: -_NUM_EXAMPLES - 1 : -1]
+    """`examples` come best first; each image is shown once at either end."""
+    best, worst = _first_of_each(examples), _first_of_each(examples[::-1])
     return Evaluation(task, model_name, options.input, counts, figures, best, worst)
+
+
+def _first_of_each(examples: Sequence[Example]) -> list[Example]:
+    of_image: dict[int, Example] = {}
+    for example in examples:
+        of_image.setdefault(example.row["image_id"], example)
+        if len(of_image) == _NUM_EXAMPLES:
+            break
+    return list(of_image.values())
 
 
 def _rank_figures(direction: str, ranks: np.ndarray, images: np.ndarray) -> dict[str, Estimate]:

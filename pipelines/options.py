@@ -190,12 +190,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def input_config(options: ReadingOptions) -> InputConfig:
+def input_config(options: ReadingOptions, patterns: Sequence[str]) -> InputConfig:
     """What to read, in the words of `vlm_ops.inputs`."""
     from vlm_ops.inputs import InputConfig
 
     return InputConfig(
-        patterns=options.input,
+        patterns=tuple(patterns),
         format=options.input_format,
         uri_column=options.uri_column,
         caption_field=options.caption_field,

@@ -12,6 +12,7 @@ ALLOWED = {"schemas": {"schemas"}, "vlm_ops": {"schemas", "vlm_ops"}, "pipelines
 # Pipelines meet in the catalog: a command imports only what all commands share.
 SHARED = {
     "pipelines.cli",
+    "pipelines.corpora",
     "pipelines.options",
     "pipelines.progress",
     "pipelines.runners",

@@ -65,7 +65,7 @@ def test_table_and_page(shard: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     table = capsys.readouterr().out
     assert "retrieval of" in table and "text->image R@10" in table and "95 % of resamples in [1.000, 1.000]" in table
     page = (tmp_path / "page.html").read_text()
-    assert "rank 1: a blue picture" in page and page.count("data:image/jpeg") == 12  # six captions, best and worst
+    assert "rank 1: a blue picture" in page and page.count("data:image/jpeg") == 6  # three images, best and worst
 
 
 def test_a_second_evaluation_computes_nothing(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,67 @@
+"""Images of any inputs, encoded by a model once and kept in the user's cache: what `evaluate` measures on.
+
+They go through the same readers, decoders and ops as in `build`, into part files of the same kind, so
+that a run that was killed goes on where it stopped, and a second one computes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.options import ReadingOptions, input_config, read_config, recipe_of
+from pipelines.progress import Progress
+from schemas.catalog import CatalogLayout
+from schemas.recipes import Recipe
+from schemas.tables import INDEX_ROW_COLUMNS, op_columns
+from vlm_ops.delta_tables import LivePart, read_columns
+from vlm_ops.enrich import EnrichConfig, Enricher
+from vlm_ops.inputs import list_inputs, pack
+from vlm_ops.models.onnx_engine import cache_dir
+from vlm_ops.ops import plan_ops
+
+logger = logging.getLogger(__name__)
+
+_BESIDE = ("source_captions", "source_metadata")
+
+
+def encode_corpus(options: ReadingOptions, patterns: Sequence[str], ops: Sequence[str]) -> tuple[pa.Table, Recipe]:
+    """One row an image of the patterns, in their order: what an index keeps of it, what stood beside
+    it, and the columns of the ops; and the recipe that made them.
+
+    Raises:
+        ValueError: The model cannot serve an op, or no image could be read.
+        FileNotFoundError: A pattern matches nothing.
+    """
+    recipe = recipe_of(options, plan_ops(ops, options.model))
+    listing = list_inputs(input_config(options, patterns))
+    shards = [*listing.shards, *pack(listing.files, options.files_per_shard)]
+    catalog = CatalogLayout(str(cache_dir() / "corpora"))
+    read = read_config(options)
+    enricher = Enricher(
+        EnrichConfig(catalog.root, recipe, "corpus", read, options.device, options.batch_size, options.num_workers)
+    )
+    columns = [*INDEX_ROW_COLUMNS, *_BESIDE, *(field.name for op in ops for field in op_columns(op))]
+    tables, num_failed = [], 0
+    with Progress("corpus", shards) as progress:
+        for shard in shards:
+            summary = enricher.enrich(shard, lambda images, size, shard=shard: progress.advance(shard, images, size))  # type: ignore[misc]
+            progress.finish(shard, summary.num_images)
+            num_failed += summary.num_failed_images
+            part = LivePart(summary.name, summary.num_images, summary.num_bytes)
+            tables += [table for _, table in read_columns(catalog.images, [part], list(dict.fromkeys(columns)), {})]
+    if num_failed:
+        logger.warning("%d images failed and are left out", num_failed)
+    table = pa.concat_tables(tables)
+    if not table.num_rows:
+        raise ValueError(f"no image of {' '.join(patterns)} could be read")
+    return table, recipe
+
+
+def matrix(table: pa.Table, column: str) -> np.ndarray:
+    """A column of vectors as float32[n, d]."""
+    values = table.column(column).combine_chunks()
+    return values.flatten().to_numpy().reshape(len(values), -1)
