@@ -14,6 +14,7 @@ COMMANDS = {
     "index": "make a new index from the catalog's table",
     "search": "find images by text or by image",
     "evaluate": "measure a model on images with captions or labels",
+    "train": "train a model on images with captions",
     "inspect": "say what is in a catalog",
 }
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130

@@ -1,4 +1,5 @@
-"""Images of any inputs, encoded by a model once and kept in the user's cache: what `evaluate` measures on.
+"""Images of any inputs, encoded by a model once and kept in the user's cache: what `evaluate` measures
+and `train` learns from.
 
 They go through the same readers, decoders and ops as in `build`, into part files of the same kind, so
 that a run that was killed goes on where it stopped, and a second one computes nothing.
@@ -62,6 +63,6 @@ def encode_corpus(options: ReadingOptions, patterns: Sequence[str], ops: Sequenc
 
 
 def matrix(table: pa.Table, column: str) -> np.ndarray:
-    """A column of vectors as float32[n, d]."""
+    """A column of vectors as float32[n, d], in memory of its own (torch wants to be able to write)."""
     values = table.column(column).combine_chunks()
-    return values.flatten().to_numpy().reshape(len(values), -1)
+    return values.flatten().to_numpy().reshape(len(values), -1).copy()

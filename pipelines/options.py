@@ -68,6 +68,20 @@ class EvaluateOptions(ReadingOptions):
     html: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ReadingOptions):
+    """Flags of `beamsight train`."""
+
+    kind: str
+    validation: tuple[str, ...]
+    output: str
+    epochs: int
+    images_per_step: int
+    learning_rate: float
+    dropout: float
+    seed: int
+
+
 @dataclass(frozen=True)
 class IndexOptions:
     """Flags of `beamsight index`."""
@@ -138,6 +152,33 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
     if wrong := [template for template in templates if "{}" not in template]:
         parser.error(f"argument --template: {{}} must stand for the label, got {wrong[0]!r}")
     return EvaluateOptions(**{**vars(args), "input": tuple(args.input), "template": templates})
+
+
+def parse_train(argv: Sequence[str]) -> TrainOptions:
+    parser = _parser("train", "Trains a model on images with captions, and writes a model directory.")
+    add = parser.add_argument
+    add(
+        "kind",
+        choices=("dual-encoder",),
+        help="dual-encoder: aligns the images and texts of --model, which stays frozen",
+    )
+    _add_reading(parser)
+    add("--validation", nargs="+", action="extend", required=True, metavar="PATTERN",
+        help="images with captions that are not trained on; of the same kinds as --input")  # fmt: skip
+    add("--output", required=True, metavar="DIR", help="the model directory to write; use it as --model dir:DIR")
+    add("--epochs", type=_positive_int, default=20, help="passes over the images (default: %(default)s)")
+    add("--images_per_step", type=_positive_int, default=600, help="images a training step (default: %(default)s)")
+    add(
+        "--learning_rate",
+        type=_positive_float,
+        default=1e-3,
+        help="highest rate of the schedule (default: %(default)s)",
+    )
+    add("--dropout", type=_fraction, default=0.5, help="in the image head; less for more data (default: %(default)s)")
+    add("--seed", type=int, default=0, help="same seed, same result on the same machine (default: %(default)s)")
+    _add_workers(parser)
+    args = parser.parse_args(argv)
+    return TrainOptions(**{**vars(args), "input": tuple(args.input), "validation": tuple(args.validation)})
 
 
 def parse_index(argv: Sequence[str]) -> IndexOptions:
@@ -296,6 +337,13 @@ def _positive_int(text: str) -> int:
     return value
 
 
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -321,4 +369,5 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 _positive_int.__name__ = "whole number"  # argparse shows these in its messages
+_positive_float.__name__ = "number"
 _fraction.__name__ = "fraction"

@@ -96,7 +96,7 @@ def test_threads_share_a_model(model: ImageModel) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("compcat", "unknown model 'compcat'; known models: compact, or python:package.module"),
+        ("compcat", "unknown model 'compcat'; known models: compact, dir, or python:package.module"),
         ("compact:tiny", "unknown model 'compact:tiny'; did you mean 'compact'?"),
         ("python:no_such_module", "cannot load model 'python:no_such_module': No module named"),
     ],

@@ -21,7 +21,7 @@ import numpy as np
 
 from vlm_ops.preprocessing import Preprocessing
 
-_FAMILIES = {"compact": "vlm_ops.models.compact"}
+_FAMILIES = {"compact": "vlm_ops.models.compact", "dir": "vlm_ops.models.directory"}
 
 
 @dataclass(frozen=True)
