@@ -106,6 +106,23 @@ def test_nothing_to_search_for(toy_catalog: Path, capsys: pytest.CaptureFixture)
     assert stopped.value.code == 2 and "give a text, --image FILE or --queries FILE" in capsys.readouterr().err
 
 
+def test_real_photos_are_found(dev_shard: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    catalog = str(tmp_path / "catalog")
+    assert main(["build", "--input", str(dev_shard), "--catalog", catalog, "--device", "cpu"]) == 0
+    assert "images     1000 (shards: 1)\nfailures   none" in capsys.readouterr().out
+    assert main(["search", catalog, "a dog", "a bicycle", "--json"]) == 0
+    for answer, word in zip(lines(capsys), ("dog", "bike"), strict=True):
+        captions = [_captions(catalog, row["uri"]) for row in answer["results"]]
+        assert sum(word in caption for caption in captions) >= 6, (word, captions)
+
+
+def _captions(catalog: str, uri: str) -> str:
+    from deltalake import DeltaTable
+
+    table = DeltaTable(f"{catalog}/images").to_pyarrow_table(columns=["uri", "source_captions"])
+    return " ".join(next(row["source_captions"] for row in table.to_pylist() if row["uri"] == uri)).lower()
+
+
 # --- index and inspect -----------------------------------------------------------------------------
 
 
