@@ -37,6 +37,7 @@ setup(
         "pillow>=10.4",
         "pyarrow>=17",
         "s3fs>=2024.6",
+        "safetensors>=0.4",
         "tokenizers>=0.20",
         "torch>=2.6",
         "torchvision>=0.21",
