@@ -19,10 +19,10 @@ import apache_beam as beam
 from pipelines.options import BuildOptions, input_config, read_config, recipe_of
 from pipelines.progress import Progress
 from pipelines.runners import beam_options, run_to_end
-from pipelines.transforms import EnrichShards, IndexConfig, PublishRun, WriteIndex
-from schemas.catalog import RUN_REPORT, CatalogLayout, parse_part_name, part_name
+from pipelines.transforms import EnrichShards, PublishRun, WriteIndex, index_config, write_index
+from schemas.catalog import RUN_REPORT, CatalogLayout, part_name
 from schemas.manifests import RunManifest
-from schemas.recipes import OpSpec, Recipe
+from schemas.recipes import Recipe
 from schemas.samples import ShardRef, clean_text
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart, live_parts, open_table, read_columns
@@ -127,8 +127,8 @@ def _check_recipe(
         )
     covered = {shard.location_id for shard in listing.shards}
     uris = {clean_text(file.uri) for files in listing.files.values() for file in files}
-    packed = [part for part in others if (parsed := parse_part_name(part.name)) and parsed.is_packed]
-    left = [part for part in others if part not in packed and part.name.split("-")[1] not in covered]
+    packed = [part for part in others if part.is_packed]
+    left = [part for part in others if not part.is_packed and part.location_id not in covered]
     for part, rows in read_columns(catalog.images, packed, ["uri"], options.storage_options):
         left += [part] * (not uris.issuperset(rows.column("uri").to_pylist()))
     if left:
@@ -148,22 +148,17 @@ def _known_files(
     """(uri, version) of the single files that the catalog has, as rows or as failures."""
     known: set[tuple[str, str]] = set()
     for uri, parts in ((catalog.images, live), (catalog.failures, live_failures)):
-        mine = [part for part in parts if _is_packed(part) and part.recipe_id == recipe.recipe_id]
+        mine = [part for part in parts if part.is_packed and part.recipe_id == recipe.recipe_id]
         for _, rows in read_columns(uri, mine, ["uri", "source_version"], options.storage_options):
             known.update(zip(rows.column("uri").to_pylist(), rows.column("source_version").to_pylist(), strict=True))
     return known
-
-
-def _is_packed(part: LivePart) -> bool:
-    parsed = parse_part_name(part.name)
-    return parsed is not None and parsed.is_packed
 
 
 def _run_pipeline(options: BuildOptions, catalog: CatalogLayout, plan: BuildPlan, run_id: str) -> None:
     enrich = EnrichConfig(
         catalog.root, plan.recipe, run_id, read_config(options), options.device, options.batch_size, options.num_workers
     )
-    started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started_at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     publish = PublishConfig(
         catalog.root, plan.recipe, run_id, started_at, options.input, options.max_failure_rate, options.storage_options
     )
@@ -174,39 +169,28 @@ def _run_pipeline(options: BuildOptions, catalog: CatalogLayout, plan: BuildPlan
         | "Enrich" >> EnrichShards(enrich)
         | "Publish" >> PublishRun(publish)
     )
-    if index := _index_config(plan.recipe, catalog, options):
+    if index := index_config(catalog.root, plan.recipe, options.storage_options):
         _ = runs | "Index" >> WriteIndex(index)
     run_to_end(pipeline)
-
-
-def _index_config(recipe: Recipe, catalog: CatalogLayout, options: BuildOptions) -> IndexConfig | None:
-    embedding: OpSpec | None = recipe.op("embedding")
-    if embedding is None:
-        return None
-    assert embedding.model is not None and embedding.revision is not None
-    return IndexConfig(catalog.root, embedding.model, embedding.revision, options.storage_options)
 
 
 def _finish_up_to_date(options: BuildOptions, catalog: CatalogLayout, plan: BuildPlan) -> int:
     """Nothing to compute. A run that was killed between its commit and its index still lacks the latter."""
     table = open_table(catalog.images, options.storage_options)
-    config = _index_config(plan.recipe, catalog, options)
+    config = index_config(catalog.root, plan.recipe, options.storage_options)
     manifest = newest_manifest(catalog, options.storage_options)
     if table is not None and config and (manifest is None or manifest.table_version < table.version()):
-        pipeline = beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args))
-        _ = pipeline | beam.Create([None]) | WriteIndex(config)
-        run_to_end(pipeline)
+        write_index(config, beam_options(options.runner, options.num_workers, options.beam_args))
     print(f"nothing to do: the catalog {catalog.root} has all {plan.num_kept} inputs (shards and single files)")
     return EXIT_OK
 
 
 def refusal(manifest: RunManifest, max_failure_rate: float) -> str:
     """What a person is told when too many images failed."""
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.num_failures.items()))
     return (
         f"beamsight: nothing was published: {manifest.failure_rate:.1%} failed "
         f"({manifest.num_failed_images} failed, {manifest.num_images} good), more than --max_failure_rate {max_failure_rate:g}\n"
-        f"  reasons: {reasons}\n"
+        f"  reasons: {manifest.reasons}\n"
         + "".join(f"  {example}\n" for example in manifest.examples)
         + "  Mend the input, or allow more with --max_failure_rate, and run again: what was computed is kept."
     )
@@ -214,12 +198,11 @@ def refusal(manifest: RunManifest, max_failure_rate: float) -> str:
 
 def summary(manifest: RunManifest, catalog: CatalogLayout, wall_sec: float) -> str:
     """What a person is told at the end."""
-    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(manifest.num_failures.items())) or "none"
     reused = f", {manifest.num_shards_reused} of them finished by an earlier run" if manifest.num_shards_reused else ""
     lines = [
         f"catalog    {catalog.root}",
         f"images     {manifest.num_images} (shards: {manifest.num_shards}{reused})",
-        f"failures   {reasons}",
+        f"failures   {manifest.reasons}",
     ]
     if manifest.num_images_computed:
         rate = manifest.num_images_computed / max(wall_sec, 1e-6)

@@ -47,7 +47,7 @@ def encode_corpus(options: ReadingOptions, patterns: Sequence[str], ops: Sequenc
     )
     columns = [*INDEX_ROW_COLUMNS, *_BESIDE, *(field.name for op in ops for field in op_columns(op))]
     tables, num_failed = [], 0
-    with Progress("corpus", shards) as progress:
+    with Progress("corpus", shards, title="images") as progress:
         for shard in shards:
             summary = enricher.enrich(shard, lambda images, size, shard=shard: progress.advance(shard, images, size))  # type: ignore[misc]
             progress.finish(shard, summary.num_images)

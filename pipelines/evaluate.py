@@ -138,7 +138,11 @@ def evaluate_zero_shot(
     own = scores[np.arange(len(targets)), targets]
     best = np.where(np.arange(len(names)) == targets[:, None], -np.inf, scores).max(axis=1, initial=-1.0)
     order = np.argsort(best - own, kind="stable")
-    examples = [Example(rows[i], f"{names[targets[i]]}, taken for {names[scores[i].argmax()]}") for i in order]
+    found = scores.argmax(axis=1)
+    examples = [
+        Example(rows[i], names[targets[i]] + ("" if found[i] == targets[i] else f", taken for {names[found[i]]}"))
+        for i in order
+    ]
     return _evaluation("zero-shot", model_name, options, {"images": len(rows), "labels": len(names)}, figures, examples)
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sys
 
-import apache_beam as beam
-
 from pipelines.options import IndexOptions
-from pipelines.runners import beam_options, run_to_end
-from pipelines.transforms import IndexConfig, WriteIndex
+from pipelines.runners import beam_options
+from pipelines.transforms import index_config, write_index
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.delta_tables import last_recipe
@@ -24,13 +22,10 @@ def run(options: IndexOptions) -> int:
     """
     catalog = CatalogLayout(storage.normalise(options.catalog))
     recipe = last_recipe(catalog, options.storage_options)
-    embedding = recipe.op("embedding")
-    if embedding is None or embedding.model is None or embedding.revision is None:
+    config = index_config(catalog.root, recipe, options.storage_options)
+    if config is None:
         raise ValueError(f"the catalog {catalog.root} holds no embeddings; build it with --ops embedding among them")
-    config = IndexConfig(catalog.root, embedding.model, embedding.revision, options.storage_options)
-    pipeline = beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args))
-    _ = pipeline | beam.Create([None]) | WriteIndex(config)
-    run_to_end(pipeline)
+    write_index(config, beam_options(options.runner, options.num_workers, options.beam_args))
     manifest = newest_manifest(catalog, options.storage_options)
     assert manifest is not None
     print(

@@ -29,7 +29,9 @@ class Progress:
     read, so their number is estimated from the bytes read so far.
     """
 
-    def __init__(self, run_id: str, shards: Sequence[ShardRef], on_terminal: bool | None = None) -> None:
+    def __init__(
+        self, run_id: str, shards: Sequence[ShardRef], on_terminal: bool | None = None, title: str = "build"
+    ) -> None:
         self.run_id = run_id
         self._files = sum(len(shard.files) for shard in shards)
         self._bytes = sum(shard.num_bytes for shard in shards if shard.format != "files")
@@ -43,7 +45,7 @@ class Progress:
         self._started = self._logged = time.monotonic()
         on_terminal = sys.stderr.isatty() if on_terminal is None else on_terminal
         self._bar = (
-            tqdm(unit="image", unit_scale=False, smoothing=0.05, dynamic_ncols=True, desc="build")
+            tqdm(unit="image", unit_scale=False, smoothing=0.05, dynamic_ncols=True, desc=title)
             if on_terminal
             else None
         )

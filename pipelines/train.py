@@ -18,7 +18,7 @@ from pipelines.options import TrainOptions
 from vlm_ops.models import describe_model, load_text_model
 from vlm_ops.models.onnx_engine import cached_file
 from vlm_ops.publishing import installed_version
-from vlm_ops.storage import check_writable
+from vlm_ops.storage import check_writable, is_local
 from vlm_ops.training.dual_encoder import Epoch, Pairs, TrainingConfig, heads_config, train
 from vlm_ops.training.model_directory import Provenance, write_dual_encoder
 
@@ -36,6 +36,8 @@ def run(options: TrainOptions) -> int:
         ValueError: A flag is wrong, an input has no captions, or the checkpoint is of another training.
         FileNotFoundError: A pattern matches nothing.
     """
+    if not is_local(options.output):
+        raise ValueError(f"--output must be a local directory, got {options.output!r}; copy the model from there")
     check_writable(options.output)
     output = Path(options.output).expanduser()
     config = TrainingConfig(

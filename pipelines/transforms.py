@@ -9,11 +9,14 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
+from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils.shared import Shared
 
 from pipelines import progress
+from pipelines.runners import run_to_end
 from schemas.catalog import CatalogLayout
 from schemas.manifests import IndexManifest, RunManifest
+from schemas.recipes import Recipe
 from schemas.samples import ShardRef
 from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.faiss_index import build_index
@@ -114,6 +117,21 @@ class WriteIndex(beam.PTransform):
 
     def expand(self, runs: beam.PCollection) -> beam.PCollection:
         return runs | beam.Filter(_is_committed) | beam.Map(_index, self.config)
+
+
+def index_config(catalog: str, recipe: Recipe, storage_options: dict[str, Any]) -> IndexConfig | None:
+    """How a catalog of this recipe is indexed; None where it holds no embeddings."""
+    embedding = recipe.op("embedding")
+    if embedding is None or embedding.model is None or embedding.revision is None:
+        return None
+    return IndexConfig(catalog, embedding.model, embedding.revision, storage_options)
+
+
+def write_index(config: IndexConfig, options: PipelineOptions) -> None:
+    """Indexes a catalog that is there already, in a pipeline of its own."""
+    pipeline = beam.Pipeline(options=options)
+    _ = pipeline | beam.Create([None]) | WriteIndex(config)
+    run_to_end(pipeline)
 
 
 def _publish(summaries: list[PartSummary], config: PublishConfig) -> RunManifest:

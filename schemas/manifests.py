@@ -23,6 +23,7 @@ class RunManifest:
         num_failed_images: Failures that cost an image.
         failure_rate: Share of images (or of shards, where larger) that failed.
         examples: Some of the failures, as text.
+        sample_parts: Names of some of the parts that the run computed, for its report.
         stage_sec: Thread-seconds by stage.
     """
 
@@ -41,6 +42,7 @@ class RunManifest:
     num_failures: dict[str, int]
     failure_rate: float
     examples: tuple[str, ...] = ()
+    sample_parts: tuple[str, ...] = ()
     stage_sec: dict[str, float] = field(default_factory=dict)
     wall_sec: float = 0.0
     beamsight_version: str = ""
@@ -52,7 +54,18 @@ class RunManifest:
     def from_json(cls, text: str) -> RunManifest:
         values: dict[str, Any] = json.loads(text)
         values["recipe"] = Recipe.from_dict(values["recipe"])
-        return cls(**{**values, "inputs": tuple(values["inputs"]), "examples": tuple(values["examples"])})
+        return cls(
+            **{
+                **values,
+                "inputs": tuple(values["inputs"]),
+                **{name: tuple(values[name]) for name in ("examples", "sample_parts")},
+            }
+        )
+
+    @property
+    def reasons(self) -> str:
+        """Failures by reason, for a person."""
+        return ", ".join(f"{reason} {count}" for reason, count in sorted(self.num_failures.items())) or "none"
 
     @property
     def stages(self) -> list[tuple[str, float]]:

@@ -44,6 +44,16 @@ class LivePart:
         parsed = parse_part_name(self.name)
         return parsed.recipe_id if parsed else None
 
+    @property
+    def location_id(self) -> str | None:
+        parsed = parse_part_name(self.name)
+        return parsed.location_id if parsed else None
+
+    @property
+    def is_packed(self) -> bool:
+        parsed = parse_part_name(self.name)
+        return parsed is not None and parsed.is_packed
+
 
 def open_table(uri: str, storage_options: storage.StorageOptions, version: int | None = None) -> DeltaTable | None:
     """The table, or None where there is none yet."""
@@ -168,18 +178,14 @@ def _commit(uri: str, schema: pa.Schema, added: Sequence[LivePart], changes: _Ch
 def _replaced(live: Sequence[LivePart], computed: Sequence[str]) -> list[LivePart]:
     """Live parts of the same places as the newly computed ones: other content, or another recipe."""
     locations = {parsed.location_id for name in computed if (parsed := parse_part_name(name))}
-    return [
-        part
-        for part in live
-        if part.name not in computed and (parsed := parse_part_name(part.name)) and parsed.location_id in locations
-    ]
+    return [part for part in live if part.name not in computed and part.location_id in locations]
 
 
 def _packed_uris(
     catalog: CatalogLayout, names: Sequence[str], with_failures: set[str], storage_options: storage.StorageOptions
 ) -> set[str]:
     """URIs of the single files among the newly computed: their older rows are in packs of other files."""
-    packed = [LivePart(name, 0, 0) for name in names if (parsed := parse_part_name(name)) and parsed.is_packed]
+    packed = [part for name in names if (part := LivePart(name, 0, 0)).is_packed]
     tables = [read_columns(catalog.images, packed, ["uri"], storage_options)]
     tables.append(
         read_columns(catalog.failures, [p for p in packed if p.name in with_failures], ["uri"], storage_options)
@@ -192,9 +198,7 @@ def _without_rows(uri: str, live: Sequence[LivePart], changes: _Changes) -> tupl
     if not changes.new_uris:
         return [], []
     storage_options = changes.storage_options
-    others = [
-        part for part in live if part.name not in changes.computed and (p := parse_part_name(part.name)) and p.is_packed
-    ]
+    others = [part for part in live if part.name not in changes.computed and part.is_packed]
     old, new = [], []
     unwanted = pa.array(sorted(changes.new_uris), pa.string())
     for part, rows in read_columns(uri, others, ["uri"], storage_options):

@@ -19,7 +19,7 @@ from schemas.recipes import DEFAULT_MAX_IMAGE_BYTES
 from schemas.samples import SampleError
 from schemas.tables import INDEX_ROW_COLUMNS
 from vlm_ops import storage
-from vlm_ops.delta_tables import live_parts, open_table, read_columns
+from vlm_ops.delta_tables import LivePart, read_columns
 from vlm_ops.images import decode, resize
 from vlm_ops.shards import ReadConfig, read_image
 
@@ -95,10 +95,9 @@ def thumbnail(data: bytes) -> str:
 def write_run_report(catalog: CatalogLayout, manifest: RunManifest, storage_options: storage.StorageOptions) -> None:
     """`runs/<run id>/report.html`: what happened, and some of the images of the run."""
     rows: list[dict[str, Any]] = []
-    parts = live_parts(open_table(catalog.images, storage_options))
-    for _, table in read_columns(catalog.images, parts, [*INDEX_ROW_COLUMNS, "run_id"], storage_options):
-        of_run = table.filter(np.asarray(table.column("run_id").to_pylist(), object) == manifest.run_id)
-        rows += of_run.slice(0, _REPORT_IMAGES - len(rows)).to_pylist()
+    parts = [LivePart(name, 0, 0) for name in manifest.sample_parts]
+    for _, table in read_columns(catalog.images, parts, INDEX_ROW_COLUMNS, storage_options):
+        rows += table.slice(0, _REPORT_IMAGES - len(rows)).to_pylist()
         if len(rows) >= _REPORT_IMAGES:
             break
     facts = [

@@ -78,13 +78,14 @@ def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunM
         num_failures=dict(_total(summary.num_failures for summary in summaries)),
         failure_rate=rate,
         examples=tuple(text for summary in summaries for text in summary.examples)[:_NUM_EXAMPLES],
+        sample_parts=tuple(part.name for part in summaries if part.num_images and not part.is_reused)[:_NUM_EXAMPLES],
         stage_sec=_stages(summaries),
         wall_sec=round((finished - started).total_seconds(), 3),
         beamsight_version=installed_version(),
     )
     metrics = {
         "images": manifest.num_images,
-        "images_per_sec": round(manifest.num_images / max(manifest.wall_sec, 1e-3), 2),
+        "images_per_sec": round(manifest.num_images_computed / max(manifest.wall_sec, 1e-3), 2),
         "failed_images": manifest.num_failed_images,
         "failure_rate": manifest.failure_rate,
         "failures": manifest.num_failures,

@@ -79,7 +79,7 @@ def exists(uri: str, storage_options: StorageOptions | None = None) -> bool:
 
 
 def check_writable(uri: str, storage_options: StorageOptions | None = None) -> None:
-    """Finds out before any work whether a catalog can be here.
+    """Finds out before any work whether a catalog, or a model directory, can be here.
 
     Raises:
         ValueError: The scheme cannot hold a catalog, or the local path is no directory that can be written.
@@ -91,9 +91,9 @@ def check_writable(uri: str, storage_options: StorageOptions | None = None) -> N
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     if not os.path.isdir(path):
-        raise ValueError(f"the catalog {uri!r} cannot be made: {path} is not a directory")
+        raise ValueError(f"{uri!r} cannot be made: {path} is not a directory")
     if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(f"the catalog {uri!r} cannot be written: no permission, or a read-only filesystem, at {path}")
+        raise ValueError(f"{uri!r} cannot be written: no permission, or a read-only filesystem, at {path}")
 
 
 @contextlib.contextmanager

@@ -138,6 +138,11 @@ def test_what_is_no_model_says_so(model: Path, tmp_path: Path) -> None:
             describe_model(f"dir:{folder}")
 
 
+def test_the_output_is_a_local_directory(corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train(corpus, "s3://bucket/model") == 2  # type: ignore[arg-type]
+    assert "--output must be a local directory, got 's3://bucket/model'" in capsys.readouterr().err
+
+
 def test_without_captions(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert train(corpus, tmp_path / "m", "--caption_field", "nothing") == 2
     assert "has a caption; name their field with --caption_field" in capsys.readouterr().err
