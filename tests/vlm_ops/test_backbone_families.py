@@ -1,0 +1,644 @@
+"""`hf` and `torchvision`, and what runs their torch modules; on tiny models with random weights, made here."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import get_model, get_model_weights
+
+from tests.conftest import photo
+from vlm_ops.images import preprocess
+from vlm_ops.models import (
+    ImageModel,
+    ModelInfo,
+    backbones,
+    describe_model,
+    load_image_backbone,
+    load_image_model,
+    load_text_backbone,
+    load_text_model,
+    load_tokenizer,
+    torchvision_family,
+)
+from vlm_ops.models.backbones import BackboneImageModel
+from vlm_ops.models.huggingface import read_preprocessing
+from vlm_ops.preprocessing import Preprocessing
+
+_VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
+# ResNet-50's layout, and the others in small; with each, an image processor of the kind that it is published with.
+IMAGE_MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
+    "resnet": (
+        lambda: transformers.ResNetModel(
+            transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 16, 24, 32], depths=[3, 4, 6, 3])
+        ),
+        transformers.BitImageProcessor(size={"shortest_edge": 73}, crop_size={"height": 64, "width": 64}),
+    ),
+    "convnext": (
+        lambda: transformers.ConvNextModel(
+            transformers.ConvNextConfig(hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 2, 1], layer_scale_init_value=1.0)
+        ),
+        transformers.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+    ),
+    "vit": (
+        lambda: transformers.ViTModel(transformers.ViTConfig(**_VIT)),
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
+    ),
+    "dinov2": (
+        lambda: transformers.Dinov2Model(transformers.Dinov2Config(**{**_VIT, "image_size": 64})),
+        transformers.BitImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}),
+    ),
+}
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "a",
+    "black",
+    "dog",
+    "run",
+    "##s",
+    "through",
+    "the",
+    "snow",
+    "two",
+    "##dogs",
+]
+TEXTS = ["a black dog runs", "snow", "two dogs run through the snow", "", "a dog " * 20, "snow"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for tensors this small, more only wait for one another
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BEAMSIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    paths = {}
+    for kind, (make, processor) in IMAGE_MODELS.items():
+        paths[kind] = tmp_path_factory.mktemp(kind)
+        settled(make(), read_preprocessing(processor).size).save_pretrained(paths[kind])
+        processor.save_pretrained(paths[kind])
+    paths["bert"] = tmp_path_factory.mktemp("bert")
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(paths["bert"])
+    save_tokenizer(paths["bert"])
+    return paths
+
+
+def settled(net: Any, size: int) -> Any:
+    """The network in evaluation mode, with statistics of images in its batch norms: without them, a random network
+    gives nearly the same for every image."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        net.train()(torch.randn(8, 3, size, size))
+    return net.eval()
+
+
+def save_tokenizer(path: Path) -> None:
+    """A WordPiece tokenizer of WORDS, which cuts at 12 tokens."""
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    )
+    words.normalizer = tokenizers.normalizers.BertNormalizer()
+    words.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    words.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=12
+    ).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """A classifier of torchvision and the file of its weights."""
+    torch.manual_seed(0)
+    net = settled(get_model("resnet18", weights=None), 224)
+    path = tmp_path_factory.mktemp("torchvision") / "weights.pth"
+    torch.save(net.state_dict(), path)
+    return net, path
+
+
+@pytest.fixture(scope="module", params=["resnet", "dinov2", "torchvision"])
+def spec(request: pytest.FixtureRequest, directories: dict[str, Path], resnet18: tuple[nn.Module, Path]) -> str:
+    if request.param == "torchvision":
+        return f"torchvision:resnet18:{resnet18[1]}"
+    return f"hf:{directories[request.param]}"
+
+
+@pytest.fixture(scope="module")
+def model(spec: str) -> ImageModel:
+    return load_image_model(spec, "cpu")
+
+
+@pytest.fixture(scope="module")
+def backbone(spec: str) -> Any:
+    return load_image_backbone(spec)
+
+
+def pictures(size: int, n: int) -> list[Image.Image]:
+    return [photo(seed, size, size) for seed in range(n)]
+
+
+def pixels_of(images: Sequence[Image.Image]) -> np.ndarray:
+    return np.stack([np.array(image).transpose(2, 0, 1) for image in images])
+
+
+def close(actual: Any, desired: Any) -> None:
+    """To 1e-4 of the largest value: those of random networks are not of order 1."""
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-4 * max(1.0, float(np.abs(np.asarray(desired)).max())))
+
+
+def arrays(encoding: Any) -> dict[str, np.ndarray]:
+    return {name: array for name, array in vars(encoding).items() if array is not None}
+
+
+# --- the contract ---------------------------------------------------------------------------------
+
+
+def test_shapes(spec: str, model: ImageModel, backbone: Any) -> None:
+    encoding = model.encode_images(pixels_of(pictures(model.preprocessing.size, 3)))
+    assert encoding.features.shape == (3, backbone.feature_dim)
+    assert encoding.grid.shape[::2] == (3, backbone.grid_dim) and encoding.grid.shape[1] > 1
+    assert encoding.features.dtype == encoding.grid.dtype == np.float32
+    assert model.info == describe_model(spec) and not model.info.encodes_text
+    assert model.preprocessing == backbone.preprocessing
+    assert backbone.embedding_dim == 0 and encoding.embeddings is None
+
+
+def test_same_batch_gives_the_same_bits_from_any_thread(model: ImageModel) -> None:
+    pixels = pixels_of(pictures(model.preprocessing.size, 6))
+    expected = arrays(model.encode_images(pixels))
+    results: list[dict[str, np.ndarray]] = []
+    threads = [threading.Thread(target=lambda: results.append(arrays(model.encode_images(pixels)))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    assert all(np.array_equal(each[name], expected[name]) for each in results for name in expected)
+
+
+def test_one_by_one_gives_the_same_in_the_same_order(model: ImageModel) -> None:
+    pixels = pixels_of(pictures(model.preprocessing.size, 5))
+    together = arrays(model.encode_images(pixels))
+    alone = [arrays(model.encode_images(pixels[i : i + 1])) for i in range(5)]
+    for name, array in together.items():
+        close(array, np.concatenate([each[name] for each in alone]))
+    assert np.abs(together["features"][0] - together["features"][1]).max() > 1e-3
+
+
+def test_empty_batch(model: ImageModel) -> None:
+    size = model.preprocessing.size
+    one = arrays(model.encode_images(pixels_of(pictures(size, 1))))
+    none = arrays(model.encode_images(np.empty((0, 3, size, size), np.uint8)))
+    assert {name: array.shape for name, array in none.items()} == {
+        name: (0, *array.shape[1:]) for name, array in one.items()
+    }
+
+
+def test_engine_equals_the_torch_module(model: ImageModel, backbone: Any) -> None:
+    pixels = pixels_of(pictures(model.preprocessing.size, 5))
+    with torch.no_grad():
+        expected = backbone(torch.from_numpy(pixels))
+    encoding = model.encode_images(pixels)
+    close(encoding.features, expected["features"])
+    close(encoding.grid, expected["grid"])
+
+
+@pytest.mark.gpu
+def test_cuda_equals_the_cpu(spec: str, model: ImageModel) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pixels = pixels_of(pictures(model.preprocessing.size, 9))
+    on_cuda = load_image_model(spec, "cuda").encode_images(pixels)
+    np.testing.assert_allclose(on_cuda.features, model.encode_images(pixels).features, atol=1e-2)
+
+
+def test_backbone_can_be_trained(backbone: Any) -> None:
+    assert not backbone.training
+    pixels = torch.from_numpy(pixels_of(pictures(backbone.preprocessing.size, 2)))
+    backbone(pixels)["features"].square().sum().backward()
+    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in backbone.parameters())
+
+
+# --- hf: images -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", IMAGE_MODELS)
+def test_images_equal_transformers(kind: str, directories: dict[str, Path]) -> None:
+    path = directories[kind]
+    backbone = load_image_backbone(f"hf:{path}")
+    images = pictures(backbone.preprocessing.size, 3)
+    processor = transformers.AutoImageProcessor.from_pretrained(path)
+    inputs = processor(images, do_resize=False, do_center_crop=False, return_tensors="pt")
+    with torch.no_grad():
+        output = transformers.AutoModel.from_pretrained(path).eval()(**inputs)
+        actual = backbone(torch.from_numpy(pixels_of(images)))
+    hidden = output.last_hidden_state
+    grid = hidden.flatten(2).transpose(1, 2) if kind in ("resnet", "convnext") else hidden[:, 1:]
+    close(actual["features"], output.pooler_output.flatten(1))
+    close(actual["grid"], grid)
+
+
+def test_classifier_checkpoint_has_no_pooler(tmp_path: Path) -> None:
+    """Its features are the class token, and not what a random pooler makes of it; half precision is widened."""
+    net = transformers.ViTForImageClassification(transformers.ViTConfig(**_VIT)).to(torch.bfloat16)
+    net.save_pretrained(tmp_path)
+    IMAGE_MODELS["vit"][1].save_pretrained(tmp_path)
+    pixels = torch.from_numpy(pixels_of(pictures(32, 2)))
+    with torch.no_grad():
+        actual = load_image_backbone(f"hf:{tmp_path}")(pixels)
+        hidden = net.float().eval().vit(pixel_values=pixels / 127.5 - 1).last_hidden_state
+    close(actual["features"], hidden[:, 0])
+    close(actual["grid"], hidden[:, 1:])
+
+
+def test_register_tokens_are_not_in_the_grid(tmp_path: Path) -> None:
+    config = transformers.Dinov2WithRegistersConfig(**_VIT, num_register_tokens=4)
+    transformers.Dinov2WithRegistersModel(config).save_pretrained(tmp_path)
+    IMAGE_MODELS["vit"][1].save_pretrained(tmp_path)
+    backbone: Any = load_image_backbone(f"hf:{tmp_path}")
+    assert backbone.num_special_tokens == 5
+    assert backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))["grid"].shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        (transformers.ViTImageProcessor(), Preprocessing(224, "stretch")),
+        (transformers.BitImageProcessor(size={"shortest_edge": 256}), Preprocessing(224, "cover", 224 / 256)),
+        (transformers.BitImageProcessor(do_center_crop=False), Preprocessing(224, "cover", 1.0)),
+        (transformers.DeiTImageProcessor(), Preprocessing(224, "cover", 224 / 256)),
+        (transformers.PoolFormerImageProcessor(), Preprocessing(224, "cover", 0.9)),
+        (transformers.ConvNextImageProcessor(size={"shortest_edge": 224}), Preprocessing(224, "cover", 224 / 256)),
+        (transformers.ConvNextImageProcessor(), Preprocessing(384, "stretch")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_preprocessing_of_image_processors(processor: Any, expected: Preprocessing) -> None:
+    assert read_preprocessing(processor) == expected
+
+
+@pytest.mark.parametrize("kind", ["resnet", "convnext"])
+def test_preprocessing_equals_that_of_transformers(kind: str) -> None:
+    """Of the processors that resize bicubically as we do."""
+    processor = IMAGE_MODELS[kind][1]
+    image = photo(3, 160, 110)
+    expected = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    actual = preprocess(torch.from_numpy(pixels_of([image])[0]), read_preprocessing(processor)).numpy()
+    assert np.abs(actual.astype(int) - expected.astype(int)).mean() < 1
+
+
+# --- hf: texts ------------------------------------------------------------------------------------
+
+
+def test_texts_equal_transformers(directories: dict[str, Path]) -> None:
+    path = directories["bert"]
+    net = transformers.AutoModel.from_pretrained(path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    expected = []
+    for text in TEXTS:
+        with torch.no_grad():
+            inputs = tokenizer(text, truncation=True, return_tensors="pt")
+            mean = net(**inputs).last_hidden_state[0].mean(0)
+        expected.append(mean / mean.norm())
+    model = load_text_model(f"hf:{path}", "cpu")
+    close(model.encode_texts(TEXTS), torch.stack(expected))
+
+
+def test_text_contract(directories: dict[str, Path]) -> None:
+    spec = f"hf:{directories['bert']}"
+    model = load_text_model(spec, "cpu")
+    vectors = model.encode_texts(TEXTS)
+    assert vectors.shape == (len(TEXTS), 16) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.array_equal(vectors, model.encode_texts(TEXTS))
+    close(vectors, np.concatenate([model.encode_texts([text]) for text in TEXTS]))
+    assert model.encode_texts([]).shape == (0, 16)
+    assert model.info == describe_model(spec) == ModelInfo(spec, model.info.revision, frozenset(), True)
+
+
+def test_text_engine_equals_the_torch_module(directories: dict[str, Path]) -> None:
+    spec = f"hf:{directories['bert']}"
+    backbone = load_text_backbone(spec)
+    tokens = load_tokenizer(spec)(TEXTS)
+    assert tokens["ids"].shape == tokens["mask"].shape == (len(TEXTS), 12)
+    assert tokens["mask"].sum(1).tolist() == [7, 3, 9, 2, 12, 3]
+    with torch.no_grad():
+        expected = backbone(*map(torch.from_numpy, tokens.values()))
+    assert expected.shape[1] == backbone.text_dim
+    close(load_text_model(spec, "cpu").encode_texts(TEXTS), expected)
+
+
+def test_threads_share_a_text_model(directories: dict[str, Path]) -> None:
+    model = load_text_model(f"hf:{directories['bert']}", "cpu")
+    expected = model.encode_texts(TEXTS)
+    results: list[np.ndarray] = []
+    threads = [threading.Thread(target=lambda: results.append(model.encode_texts(TEXTS))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(np.array_equal(each, expected) for each in results)
+
+
+# --- hf: specs ------------------------------------------------------------------------------------
+
+
+def test_spec_is_by_full_path(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = directories["vit"]
+    monkeypatch.chdir(path.parent)
+    info = describe_model(f"hf:{path.name}")
+    assert info.spec == f"hf:{path}" and len(info.revision) == 12
+    assert info.produces == {"features", "grid"}
+
+
+def test_revision_changes_with_weights_and_settings(directories: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(directories["vit"], copy)
+    revisions = [describe_model(f"hf:{directories['vit']}").revision, describe_model(f"hf:{copy}").revision]
+    assert revisions[0] == revisions[1]
+    settings = json.loads((copy / "preprocessor_config.json").read_text())
+    (copy / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.4, 0.4, 0.4]}))
+    revisions.append(describe_model(f"hf:{copy}").revision)
+    transformers.ViTModel(transformers.ViTConfig(**_VIT)).save_pretrained(copy)
+    revisions.append(describe_model(f"hf:{copy}").revision)
+    assert len(set(revisions)) == 3
+
+
+def test_repository_in_the_local_cache(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, commit = tmp_path / "models--someone--tiny", "0123456789" * 4
+    shutil.copytree(directories["vit"], repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    for name in ("main", "v1"):
+        (repo / "refs" / name).write_text(commit)
+    local = describe_model(f"hf:{directories['vit']}")
+    for spec in ("hf:someone/tiny", "hf:someone/tiny@v1", f"hf:someone/tiny@{commit}"):
+        assert describe_model(spec) == ModelInfo(spec, local.revision, local.produces, False)
+    with pytest.raises(ValueError, match="no model 'hf:someone/tiny@v2': 'someone/tiny@v2' is neither"):
+        describe_model("hf:someone/tiny@v2")
+
+
+@pytest.mark.parametrize("wrong", ["hf:", "hf:/no/such/directory", "hf:someone/unknown"])
+def test_model_that_is_not_here(wrong: str) -> None:
+    with pytest.raises(ValueError, match=f"^no model '{wrong}': .* give the path of a model's directory, or fetch"):
+        describe_model(wrong)
+
+
+def test_directories_that_are_not_whole(directories: dict[str, Path], tmp_path: Path) -> None:
+    spec = f"hf:{tmp_path}"
+    with pytest.raises(ValueError, match="there is no config.json; save_pretrained writes one"):
+        describe_model(spec)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read: config.json: "):
+        describe_model(spec)
+    (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
+    with pytest.raises(ValueError, match="its model_type is 'whisper'; known are, for images, bit, .* texts, albert"):
+        describe_model(spec)
+    shutil.copy(directories["vit"] / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="has no weights: there is no model.safetensors"):
+        describe_model(spec)
+    save_file({"layernorm.bias": torch.zeros(16)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no image processor that can be read \(preprocessor_config.json\)"):
+        load_image_model(spec, "cpu")
+    IMAGE_MODELS["vit"][1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the weights in .* lack embeddings.cls_token, .*; save the whole model there"):
+        load_image_backbone(spec)
+
+
+def test_sides_that_are_not_there(directories: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a text encoder and has no image side; name an image model"):
+        load_image_model(f"hf:{directories['bert']}", "cpu")
+    with pytest.raises(ValueError, match="has no text side"):
+        load_text_model(f"hf:{directories['vit']}", "cpu")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(directories["bert"] / name, tmp_path)
+    with pytest.raises(ValueError, match="has no tokenizer.json; save its fast tokenizer there"):
+        load_text_model(f"hf:{tmp_path}", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (transformers.ViTImageProcessor(size={"height": 20, "width": 30}), "does not resize every image to one square"),
+        (transformers.MobileViTImageProcessor(), "does more to the pixels than to rescale and normalise them"),
+    ],
+    ids=["oblong", "BGR"],
+)
+def test_image_processors_that_cannot_be_followed(
+    processor: Any, message: str, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(directories["vit"], tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        load_image_backbone(f"hf:{tmp_path / 'model'}")
+
+
+# --- torchvision ----------------------------------------------------------------------------------
+
+
+def test_torchvision_equals_the_classifier(resnet18: tuple[nn.Module, Path]) -> None:
+    net, path = copy.deepcopy(resnet18[0]), resnet18[1]
+    model = load_image_model(f"torchvision:resnet18:{path}", "cpu")
+    categories = get_model_weights("resnet18")["DEFAULT"].meta["categories"]
+    assert list(model.label_names) == categories
+    assert model.preprocessing == Preprocessing(224, "cover", 224 / 256)
+    pixels = pixels_of(pictures(224, 3))
+    encoding = model.encode_images(pixels)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        inputs = (torch.from_numpy(pixels) / 255 - mean) / std
+        stem = net.maxpool(net.relu(net.bn1(net.conv1(inputs))))
+        grid = net.layer4(net.layer3(net.layer2(net.layer1(stem))))
+        probabilities = net(inputs).softmax(1)
+        net.fc = nn.Identity()
+        hidden = net(inputs)
+    close(encoding.features, hidden)
+    close(encoding.grid, grid.flatten(2).transpose(1, 2))
+    close(encoding.probabilities, probabilities)
+
+
+def test_classes_are_a_linear_function_of_features(resnet18: tuple[nn.Module, Path]) -> None:
+    backbone: Any = load_image_backbone(f"torchvision:resnet18:{resnet18[1]}")
+    features = torch.randn(2, backbone.feature_dim)
+    logits = features @ backbone.class_weights.T + resnet18[0].fc.bias
+    torch.testing.assert_close(backbone.of_features(features)["labels"], logits.softmax(1))
+    assert len(backbone.class_names) == len(backbone.class_weights) == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "dim"), [("mobilenet_v2", 49, 1280), ("shufflenet_v2_x0_5", 49, 1024), ("swin_t", 49, 768)]
+)
+def test_grid_is_the_last_map_before_it_is_pooled(name: str, cells: int, dim: int) -> None:
+    weights = get_model_weights(name)["DEFAULT"]
+    backbone = torchvision_family.TorchvisionBackbone(get_model(name, weights=None), weights)
+    with torch.no_grad():
+        outputs = backbone(torch.from_numpy(pixels_of(pictures(224, 1))))
+    assert outputs["grid"].shape == (1, cells, dim) and backbone.grid_dim == backbone.feature_dim == dim
+    torch.testing.assert_close(outputs["grid"].mean(1), outputs["features"], atol=1e-4, rtol=0)
+
+
+def test_own_classes(tmp_path: Path) -> None:
+    path = tmp_path / "five.safetensors"
+    save_file(get_model("mobilenet_v3_small", weights=None, num_classes=5).state_dict(), path)
+    spec = f"torchvision:mobilenet_v3_small:{path}"
+    model = load_image_model(spec, "cpu", frozenset())
+    assert list(model.label_names) == ["class 0", "class 1", "class 2", "class 3", "class 4"]
+    labels = load_image_backbone(spec)(torch.zeros(2, 3, 224, 224, dtype=torch.uint8))["labels"]
+    torch.testing.assert_close(labels.sum(1), torch.ones(2))
+
+
+def test_named_weights_are_described_without_them() -> None:
+    info = describe_model("torchvision:resnet50")
+    assert info == ModelInfo(
+        "torchvision:resnet50", "IMAGENET1K_V2-11ad3fa6", frozenset({"features", "grid", "labels"}), False
+    )
+    assert describe_model("torchvision:resnet50:IMAGENET1K_V1").revision == "IMAGENET1K_V1-0676ba61"
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision_family, "get_model", fail)
+    with pytest.raises(
+        ValueError, match="cannot fetch the weights IMAGENET1K_V1 of resnet18 .*no network.*name the file"
+    ):
+        load_image_backbone("torchvision:resnet18")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("resnet17", "unknown model 'torchvision:resnet17'; torchvision has alexnet, "),
+        ("squeezenet1_0", "unknown model 'torchvision:squeezenet1_0'"),
+        ("resnet50:V3", "no weights 'V3' for resnet50; use IMAGENET1K_V1, IMAGENET1K_V2, or the path of a state dict"),
+        ("resnet50:/no/file.pth", "no weights '/no/file.pth' for resnet50; use"),
+    ],
+)
+def test_unknown_torchvision_models(wrong: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        describe_model(f"torchvision:{wrong}")
+
+
+def test_weights_that_do_not_fit(resnet18: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="are not those of a vgg11; name the model that they belong to"):
+        load_image_model(f"torchvision:vgg11:{resnet18[1]}", "cpu")
+    with pytest.raises(ValueError, match="are not those of a resnet34"):
+        load_image_backbone(f"torchvision:resnet34:{resnet18[1]}")
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="cannot read the weights in .*broken.pth'; save a model's state_dict"):
+        load_image_backbone(f"torchvision:resnet18:{tmp_path / 'broken.pth'}")
+
+
+# --- running a module that is at hand -------------------------------------------------------------
+
+
+class Colours(nn.Module):
+    """A backbone of one parameter: scaled colours, and their mean."""
+
+    preprocessing = Preprocessing(8)
+    feature_dim = grid_dim = 3
+    embedding_dim = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1 / 255))
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        grid = (pixels.float() * self.scale).flatten(2).transpose(1, 2)
+        return {"features": grid.mean(1), "grid": grid}
+
+
+def colours_model(revision: str, outputs: set[str], load: Callable[[], Any] = Colours) -> BackboneImageModel:
+    info = ModelInfo("dir:colours", revision, frozenset({"features", "grid"}))
+    return BackboneImageModel(info, Colours.preprocessing, load, "cpu", frozenset(outputs))
+
+
+def test_only_what_is_asked_for_is_computed() -> None:
+    module = Colours()
+    pixels = pixels_of(pictures(8, 6))
+    encoding = colours_model("1", {"features", "caption"}, lambda: module).encode_images(pixels)
+    assert list(arrays(encoding)) == ["features"]
+    np.testing.assert_allclose(encoding.features, pixels.mean((2, 3)) / 255, atol=1e-5)
+
+
+def test_cached_graph_needs_no_module() -> None:
+    def load() -> None:
+        raise AssertionError("the module was loaded")
+
+    pixels = pixels_of(pictures(8, 2))
+    expected = colours_model("2", {"grid"}).encode_images(pixels).grid
+    assert np.array_equal(colours_model("2", {"grid"}, load).encode_images(pixels).grid, expected)
+    assert arrays(colours_model("3", set(), load).encode_images(pixels)) == {}
+
+
+def test_module_that_cannot_be_exported_runs_through_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("no such operator\nand a long report")
+
+    monkeypatch.setattr(backbones, "export", fail)
+    pixels = pixels_of(pictures(8, 6))
+    with caplog.at_level(logging.WARNING):
+        encoding = colours_model("4", {"features", "grid"}).encode_images(pixels)
+    assert (
+        "runs through torch, more slowly: it cannot be exported to ONNX: RuntimeError: no such operator" in caplog.text
+    )
+    assert "long report" not in caplog.text
+    np.testing.assert_allclose(encoding.features, pixels.mean((2, 3)) / 255, atol=1e-5)
+
+
+def test_graph_that_gives_other_values_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def export_something_else(module: Any, *args: Any) -> None:
+        with torch.no_grad():
+            module.backbone.scale.mul_(2)
+        export(module, *args)
+        with torch.no_grad():
+            module.backbone.scale.div_(2)
+
+    export = backbones.export
+    monkeypatch.setattr(backbones, "export", export_something_else)
+    with caplog.at_level(logging.WARNING):
+        encoding = colours_model("5", {"features"}).encode_images(pixels_of(pictures(8, 1)))
+    assert "the exported graph gives other values" in caplog.text
+    assert encoding.features.max() <= 1

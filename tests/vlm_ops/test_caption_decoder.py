@@ -1,0 +1,106 @@
+"""The compact decoder: its cache of keys and values, its beams, its vocabulary."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig, Vocabulary, split_words
+
+WORDS = ("a", "dog", "runs")
+
+
+def decoder(max_words: int = 4, seed: int = 0, words: tuple[str, ...] = WORDS) -> CaptionDecoder:
+    torch.manual_seed(seed)
+    config = DecoderConfig(5, 6, 3, 4, words, width=16, num_heads=2, dropout=0.0, max_words=max_words)
+    made = CaptionDecoder(config).eval()
+    with torch.no_grad():  # far from uniform, so that ties are out of the question
+        made.embedding.weight.normal_(std=0.7)
+        made.bias.normal_(std=0.5)
+    return made
+
+
+def inputs(n: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "features": torch.randn(n, 5, generator=generator),
+        "grid": torch.rand(n, 4, 6, generator=generator).half(),
+        "embedding": torch.randn(n, 3, generator=generator),
+    }
+
+
+@torch.no_grad()
+def score_of(model: CaptionDecoder, images: dict[str, torch.Tensor], row: int, ids: list[int]) -> float:
+    """Length-normalised log-probability of a sentence, without any cache."""
+    one = {name: values[row : row + 1] for name, values in images.items()}
+    sentence = torch.tensor([[[Vocabulary.BEGIN, *ids]]])
+    logits = model(one, sentence[:, :, :-1])
+    log_probs = logits.log_softmax(-1)[0, 0].gather(1, sentence[0, 0, 1:, None]).sum()
+    return float(log_probs) / len(ids) ** 0.8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_beams_as_wide_as_the_language_find_its_best_sentences(seed: int) -> None:
+    model, images = decoder(max_words=3, seed=seed), inputs()
+    sentences = [
+        [*words, Vocabulary.END] for length in range(4) for words in itertools.product((4, 5, 6), repeat=length)
+    ]
+    written = model.write(images, num_beams=60)
+    for row in range(3):
+        expected = sorted(
+            ((score_of(model, images, row, ids), model.vocabulary.decode(ids)) for ids in sentences), reverse=True
+        )
+        assert [each.text for each in written[row][:5]] == [text for _, text in expected[:5]]
+        assert [each.log_prob for each in written[row][:5]] == pytest.approx([s for s, _ in expected[:5]], abs=1e-4)
+
+
+def test_one_beam_is_greedy() -> None:
+    model, images = decoder(max_words=6), inputs(5)
+    for row, hypotheses in enumerate(model.write(images, num_beams=1)):
+        ids = [Vocabulary.BEGIN]
+        one = {name: values[row : row + 1] for name, values in images.items()}
+        while len(ids) <= 6 and ids[-1] != Vocabulary.END:
+            logits = model(one, torch.tensor([[ids]]))[0, 0, -1]
+            logits[[Vocabulary.PAD, Vocabulary.BEGIN, Vocabulary.UNKNOWN]] = -torch.inf
+            ids.append(int(logits.argmax()))
+        assert hypotheses[0].text == model.vocabulary.decode(ids[1:])
+
+
+def test_an_image_is_described_alike_alone_and_in_a_batch() -> None:
+    model, images = decoder(), inputs(6)
+    together = model.write(images, num_beams=3)
+    for row in range(6):
+        alone = model.write({name: values[row : row + 1] for name, values in images.items()}, num_beams=3)[0]
+        assert [each.text for each in alone] == [each.text for each in together[row]]
+    assert model.write({name: values[:0] for name, values in images.items()}, num_beams=3) == []
+
+
+def test_sentences_of_one_image_do_not_see_each_other() -> None:
+    model, images = decoder(), inputs(2)
+    ids = model.encode([["a dog", "dog runs a"], ["runs", "a"]])
+    together = model.log_probs(images, ids)
+    for sentence in range(2):
+        torch.testing.assert_close(
+            model.log_probs(images, ids[:, sentence : sentence + 1])[:, 0], together[:, sentence]
+        )
+
+
+def test_what_is_drawn_is_a_sentence() -> None:
+    model = decoder(max_words=5)
+    ids = model.sample(inputs(4), 7)
+    assert ids.shape[:2] == (4, 7) and ids.shape[2] <= 7
+    for row in ids.flatten(0, 1).tolist():
+        words = row[1 : row.index(Vocabulary.END)]
+        assert row[0] == Vocabulary.BEGIN and all(word >= 4 for word in words)
+        assert set(row[row.index(Vocabulary.END) + 1 :]) <= {Vocabulary.PAD}
+
+
+def test_the_vocabulary() -> None:
+    vocabulary = Vocabulary.of(["A dog runs.", "a man's dog", "a cat"], min_count=2)
+    assert vocabulary.words[4:] == ("a", "dog")
+    assert vocabulary.encode("A DOG, flies") == [4, 5, Vocabulary.UNKNOWN]
+    assert vocabulary.decode([4, 5, Vocabulary.END, 4]) == "a dog"
+    assert split_words("a man 's hat") == ["a", "man's", "hat"]
+    assert split_words("Two boys' T-shirts, a man's; 'red'!") == ["two", "boys'", "t-shirts", "a", "man's", "red"]

@@ -1,0 +1,235 @@
+"""Runs a torch backbone as a model of the contract: through ONNX Runtime on a CPU, through torch on CUDA.
+
+Shared by the families whose models are torch modules: `hf`, `torchvision`, fine-tuned directories. They say
+how a module is loaded; where its graph is in the cache already, it never is, and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_ops.models import ImageBackbone, ImageEncoding, ModelInfo, TextBackbone, Tokenizer
+from vlm_ops.models.onnx_engine import OnnxEngine, cached_file, export
+from vlm_ops.preprocessing import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+# Small: a batch whose activations stay in the cache is up to twice as fast a image as one of 32.
+_CPU_BATCH = 4
+_TEXT_BATCH = 64
+# Where an encoding holds what a backbone gives.
+_FIELDS = {"features": "features", "grid": "grid", "labels": "probabilities", "embedding": "embeddings"}
+
+Arrays = Mapping[str, np.ndarray]
+Forward = Callable[[Arrays], Sequence[np.ndarray]]
+
+
+class BackboneImageModel:
+    """An `ImageBackbone` as an `ImageModel`.
+
+    Args:
+        info: Graphs are cached by its family and revision.
+        load: Gives the backbone; one that is at hand goes as `lambda: backbone`. Besides what `ImageBackbone` says,
+            it may give `labels`, the probabilities of `label_names`.
+        device: `cpu` or `cuda`.
+        outputs: What to compute, of what `info` says is produced. Without any, nothing is loaded.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        preprocessing: Preprocessing,
+        load: Callable[[], ImageBackbone],
+        device: str,
+        outputs: frozenset[str],
+        label_names: Sequence[str] = (),
+    ) -> None:
+        self.info = info
+        self.preprocessing = preprocessing
+        self.label_names = label_names
+        made = tuple(name for name in _FIELDS if name in info.produces)
+        self._names = tuple(name for name in made if name in outputs)
+        self._batch_size = _CPU_BATCH if device == "cpu" else None
+        if not self._names:  # wanted for its preprocessing alone
+            return
+        noise = np.random.default_rng(0).integers(0, 256, (2, 3, preprocessing.size, preprocessing.size), np.uint8)
+        self._forward = make_forward(
+            f"{_family(info)}-{info.revision}",
+            lambda: _chosen(load(), made),
+            {"pixels": noise},
+            {"pixels": {0: "n"}},
+            device,
+            [made.index(name) for name in self._names],
+        )
+
+    def encode_images(self, pixels: np.ndarray) -> ImageEncoding:
+        if not self._names:
+            return ImageEncoding()
+        if len(pixels) == 0:  # the shapes of an image's outputs, with no image
+            blank = self._encode(np.zeros((1, *pixels.shape[1:]), np.uint8))
+            return ImageEncoding(**{field: array[:0] for field, array in blank.items()})
+        return ImageEncoding(**self._encode(pixels))
+
+    def _encode(self, pixels: np.ndarray) -> dict[str, Any]:
+        step = self._batch_size or len(pixels)
+        chunks = [np.ascontiguousarray(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+        outputs = zip(*(self._forward({"pixels": chunk}) for chunk in chunks), strict=True)
+        return {_FIELDS[name]: np.concatenate(parts) for name, parts in zip(self._names, outputs, strict=True)}
+
+
+class BackboneTextModel:
+    """A `TextBackbone` as a `TextModel`.
+
+    Args:
+        info: Graphs are cached by its family and revision.
+        load: Gives the backbone; one that is at hand goes as `lambda: backbone`.
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        tokenize: Tokenizer,
+        load: Callable[[], TextBackbone],
+        device: str,
+    ) -> None:
+        self.info = info
+        self._tokenize = tokenize
+        dims = {0: "n", 1: "t"}
+        self._forward = make_forward(
+            f"{_family(info)}-{info.revision}-text",
+            load,
+            tokenize(["a dog runs", "two black dogs are running through the snow"]),
+            {"ids": dims, "mask": dims},
+            device,
+        )
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        if len(texts) == 0:  # the shape of a text's embedding, with no text
+            return self._encode([""])[:0]
+        # Texts of like length go together, so that little is padding.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        chunks = [order[start : start + _TEXT_BATCH] for start in range(0, len(order), _TEXT_BATCH)]
+        sorted_embeddings = np.concatenate([self._encode([texts[i] for i in chunk]) for chunk in chunks])
+        embeddings = np.empty_like(sorted_embeddings)
+        embeddings[order] = sorted_embeddings
+        return embeddings
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray:
+        return self._forward(self._tokenize(texts))[0]
+
+
+def make_forward(
+    name: str,
+    load: Callable[[], Any],
+    example: Arrays,
+    dynamic_dims: Mapping[str, Mapping[int, str]],
+    device: str,
+    outputs: Sequence[int] = (0,),
+) -> Forward:
+    """What runs a torch module on a device; safe to call from several threads.
+
+    Args:
+        name: Of the cached graph.
+        load: Gives the module: tensors, in the order of `example` -> a tensor or a tuple of them.
+        example: Inputs by name; each dynamic dimension larger than 1.
+        dynamic_dims: As for `onnx_engine.export`.
+        device: On `cpu`, a module that cannot be exported runs through torch, and a line is logged.
+        outputs: Which of the module's tensors are wanted; the graph holds all of them, and computes these.
+    """
+    if device != "cpu":
+        return _TorchForward(load(), device, outputs)
+    try:
+        path = cached_file(
+            f"{name}-torch{version('torch')}.onnx", lambda path: _export(load(), example, dynamic_dims, path)
+        )
+    except _NotExportableError as error:
+        logger.warning("%s runs through torch, more slowly: it cannot be exported to ONNX: %s", name, error)
+        return _TorchForward(load(), device, outputs)
+    return OnnxEngine(path, outputs).run
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digits that stand for a file's content; a file of weights is read once a process for it."""
+    return _sha256_of(str(path), path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _sha256_of(path: str, modified_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class _TorchForward:
+    def __init__(self, module: Any, device: str, outputs: Sequence[int] | None = None) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = device
+        self._outputs = outputs
+        self._module = module.eval().to(device, memory_format=torch.channels_last)
+        # One batch at a time on the device: other threads decode meanwhile.
+        self._lock = threading.Lock()
+
+    def __call__(self, inputs: Arrays) -> list[np.ndarray]:
+        tensors = [self._torch.from_numpy(array) for array in inputs.values()]
+        with self._lock, self._torch.inference_mode():
+            if self._device != "cpu":
+                tensors = [tensor.pin_memory().to(self._device, non_blocking=True) for tensor in tensors]
+            outputs = self._module(*tensors)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            wanted = range(len(outputs)) if self._outputs is None else self._outputs
+            return [outputs[number].cpu().numpy() for number in wanted]
+
+
+class _NotExportableError(Exception):
+    """An architecture that the exporter or ONNX Runtime cannot take."""
+
+
+def _export(module: Any, example: Arrays, dynamic_dims: Mapping[str, Mapping[int, str]], path: Path) -> None:
+    """Exports a module, and believes the graph only where it gives what the module gives."""
+    import torch
+
+    one = {name: array[:1] for name, array in example.items()}
+    try:
+        export(module, {name: torch.from_numpy(array) for name, array in example.items()}, dynamic_dims, path)
+        actual = OnnxEngine(path).run(one)
+    except Exception as error:  # the exporter and ONNX Runtime share no class of errors
+        raise _NotExportableError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+    for got, expected in zip(actual, _TorchForward(module, "cpu")(one), strict=True):
+        tolerance = 1e-3 * max(1.0, float(np.abs(expected).max()))
+        if got.shape != expected.shape or not np.allclose(got, expected, atol=tolerance):
+            raise _NotExportableError("the exported graph gives other values")
+
+
+def _chosen(backbone: Any, names: Iterable[str]) -> Any:
+    """torch module: pixels -> a tuple of the named outputs, so that an export leaves the others out."""
+    import torch
+
+    class Chosen(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, pixels: Any) -> tuple[Any, ...]:
+            outputs = self.backbone(pixels)
+            return tuple(outputs[name] for name in names)
+
+    return Chosen().eval()
+
+
+def _family(info: ModelInfo) -> str:
+    """`hf` of `hf:PATH`, `package.module` of `python:package.module:ARGUMENT`."""
+    return info.spec.removeprefix("python:").partition(":")[0]

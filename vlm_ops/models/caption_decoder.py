@@ -1,0 +1,329 @@
+"""The compact captioner: a small transformer that reads an image's feature map and writes a sentence.
+
+An encoder layer over the cells of the grid and two tokens for the whole picture, then decoder layers
+with cross-attention (Vaswani et al., "Attention Is All You Need", 2017), word by word. Its vocabulary
+is that of its training captions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vlm_ops.models.captioner import Hypothesis
+
+_WORD = re.compile(r"[a-z0-9]+(?:['’-][a-z0-9]+)*(?:(?<=s)['’])?")
+_PARTED = re.compile(r"\s+['’]s\b")
+_MAX_GRID = 1e4  # an infinity of a half-precision cache has no logarithm
+# How strongly long sentences are favoured: log-probabilities are divided by length to this power
+# (Wu et al., "Google's Neural Machine Translation System", 2016).
+_LENGTH_POWER = 0.8
+_WORD_SIZE = 0.04  # standard deviation of a word's numbers at the start
+
+
+class Vocabulary:
+    """Words and their numbers. 0 pads, 1 begins, 2 ends, 3 is any unknown word."""
+
+    PAD, BEGIN, END, UNKNOWN = range(4)
+    SPECIAL = ("<pad>", "<begin>", "<end>", "<unknown>")
+
+    def __init__(self, words: Iterable[str]) -> None:
+        """`words`: those of the vocabulary, without the special ones."""
+        self.words = (*self.SPECIAL, *words)
+        self._ids = {word: number for number, word in enumerate(self.words)}
+
+    @classmethod
+    def of(cls, captions: Iterable[str], min_count: int) -> Vocabulary:
+        """The words that stand at least `min_count` times in the captions, in alphabetical order."""
+        counts = Counter(word for caption in captions for word in split_words(caption))
+        return cls(sorted(word for word, count in counts.items() if count >= min_count))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, caption: str) -> list[int]:
+        return [self._ids.get(word, self.UNKNOWN) for word in split_words(caption)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words up to the end sign."""
+        words = []
+        for number in ids:
+            if number == self.END:
+                break
+            words.append(self.words[number])
+        return " ".join(words)
+
+
+def split_words(caption: str) -> list[str]:
+    """Lower-case words of a caption, without its punctuation; "man 's", as tokenizers leave it, is one word."""
+    return _WORD.findall(_PARTED.sub("'s", caption.lower()))
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shapes of the compact captioner.
+
+    Attributes:
+        feature_dim, grid_dim, embedding_dim: Of the base model's outputs; `embedding_dim` may be 0.
+        num_cells: Of the grid.
+        words: The vocabulary without its special signs.
+        width: Of the transformer; `num_heads` divides it.
+        max_words: Longest sentence.
+    """
+
+    feature_dim: int
+    grid_dim: int
+    embedding_dim: int
+    num_cells: int
+    words: Sequence[str] = field(repr=False)
+    width: int = 256
+    num_heads: int = 4
+    encoder_layers: int = 1
+    decoder_layers: int = 2
+    dropout: float = 0.1
+    max_words: int = 20
+
+
+class CaptionDecoder(nn.Module):
+    """Inputs of n images: `features` float32[n, feature_dim], `grid` float[n, num_cells, grid_dim] and, where
+    `embedding_dim` is not 0, `embedding` float32[n, embedding_dim]."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary = Vocabulary(config.words)
+        width = config.width
+        self.register_buffer("mean", torch.zeros(config.feature_dim))
+        self.register_buffer("std", torch.ones(config.feature_dim))
+        self.from_grid = nn.Linear(config.grid_dim, width)
+        self.cell_position = nn.Parameter(torch.randn(config.num_cells, width) * 0.02)
+        self.from_features = nn.Linear(config.feature_dim, width)
+        self.from_embedding = nn.Linear(config.embedding_dim, width) if config.embedding_dim else None
+        self.encoder = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, config.num_heads, 4 * width, config.dropout, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(config.encoder_layers)
+        )
+        self.memory_norm = nn.LayerNorm(width)
+        self.embedding = nn.Embedding(len(self.vocabulary), width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.position = nn.Parameter(torch.randn(config.max_words + 1, width) * 0.02)
+        self.layers = nn.ModuleList(_Block(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(width)
+        self.bias = nn.Parameter(torch.zeros(len(self.vocabulary)))
+        self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def blocks(self) -> list[_Block]:
+        """The decoder's layers."""
+        return [cast(_Block, block) for block in self.layers]
+
+    def standardise_by(self, features: torch.Tensor) -> None:
+        """Takes mean and standard deviation from the training features."""
+        self.mean.copy_(features.mean(0))
+        self.std.copy_(features.std(0) + 1e-3)
+
+    def begin_with(self, vectors: np.ndarray) -> None:
+        """Starts the words from what a text model knows of them: their main directions.
+
+        Args:
+            vectors: float32[number of words without the special ones, d].
+        """
+        centred = torch.from_numpy(vectors - vectors.mean(0))
+        _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+        reduced = centred @ directions[: self.config.width].T
+        own = self.embedding.weight[len(Vocabulary.SPECIAL) :, : reduced.shape[1]]
+        with torch.no_grad():
+            own.copy_(_WORD_SIZE * reduced / reduced.std())
+
+    def memory(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the decoder reads of the images: float32[n, num_cells + 1 or 2, width]."""
+        raw = inputs["grid"].float()
+        # Feature maps have long tails; patch tokens of a transformer may be negative.
+        grid = self.from_grid(raw.sign() * torch.log1p(raw.abs().clamp(max=_MAX_GRID)))
+        tokens = [grid + self.cell_position, self.from_features((inputs["features"] - self.mean) / self.std)[:, None]]
+        if self.from_embedding is not None:
+            scale = self.config.embedding_dim**0.5  # the embedding has norm 1; this gives each number size 1
+            tokens.append(self.from_embedding(scale * inputs["embedding"])[:, None])
+        hidden = self.dropout(torch.cat(tokens, dim=1))
+        for layer in self.encoder:
+            hidden = layer(hidden)
+        return self.memory_norm(hidden)
+
+    def forward(self, inputs: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """Logits of each next word, float32[n, c, t, vocabulary], for the words so far int64[n, c, t] of c
+        sentences an image."""
+        memory = self.memory(inputs)
+        hidden = self.dropout(self.embedding(ids) + self.position[: ids.shape[2]])
+        for block in self.blocks:
+            hidden, _ = block(hidden, block.read(memory), None)
+        return self._logits(hidden)
+
+    def loss(
+        self, inputs: Mapping[str, torch.Tensor], captions: Sequence[Sequence[str]], label_smoothing: float
+    ) -> torch.Tensor:
+        """Mean cross-entropy of the captions' words; every image has as many captions."""
+        ids = self.encode(captions)
+        logits = self(inputs, ids[:, :, :-1])
+        return F.cross_entropy(
+            logits.flatten(0, 2), ids[:, :, 1:].flatten(), ignore_index=Vocabulary.PAD, label_smoothing=label_smoothing
+        )
+
+    def encode(self, captions: Sequence[Sequence[str]]) -> torch.Tensor:
+        """int64[n, c, t] with begin and end, padded."""
+        limit, v = self.config.max_words, self.vocabulary
+        rows = [[[v.BEGIN, *v.encode(text)[:limit], v.END] for text in texts] for texts in captions]
+        longest = max(len(row) for texts in rows for row in texts)
+        padded = [[row + [v.PAD] * (longest - len(row)) for row in texts] for texts in rows]
+        return torch.tensor(padded, device=self.bias.device)
+
+    @torch.inference_mode()
+    def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int = 5) -> list[list[Hypothesis]]:
+        """The `num_beams` best sentences of each image, best first. One beam is greedy decoding."""
+        if not len(inputs["features"]):
+            return []
+        ids, scores = self._search(self.memory(inputs), num_beams)
+        return [
+            [
+                Hypothesis(self.vocabulary.decode(row), score)
+                for row, score in zip(rows, row_scores, strict=True)
+                if score > -torch.inf
+            ]
+            for rows, row_scores in zip(ids.tolist(), scores.tolist(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def sample(self, inputs: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
+        """`count` sentences an image, each word drawn by its probability: int64[n, count, t] with begin and end,
+        padded."""
+        memory, v = self.memory(inputs), self.vocabulary
+        read = [block.read(memory) for block in self.blocks]
+        past: list[_Past | None] = [None] * len(self.blocks)
+        words = memory.new_full((len(memory), count, 1), v.BEGIN, dtype=torch.long)
+        for step in range(self.config.max_words):
+            hidden = self.embedding(words[:, :, -1:]) + self.position[step]
+            for number, block in enumerate(self.blocks):
+                hidden, past[number] = block(hidden, read[number], past[number])
+            logits = self._logits(hidden)[:, :, 0].float()
+            logits[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
+            drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(len(memory), count)
+            has_ended = (words == v.END).any(dim=2)
+            words = torch.cat([words, drawn.masked_fill(has_ended, v.PAD)[:, :, None]], dim=2)
+            if bool((words == v.END).any(dim=2).all()):
+                return words
+        has_ended = (words == v.END).any(dim=2)
+        end = torch.full_like(has_ended, v.END, dtype=torch.long).masked_fill(has_ended, v.PAD)
+        return torch.cat([words, end[:, :, None]], dim=2)
+
+    def log_probs(self, inputs: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """float32[n, c]: log-probability of each sentence int64[n, c, t] with begin and end, padded."""
+        logits = self(inputs, ids[:, :, :-1]).float()
+        targets = ids[:, :, 1:]
+        log_probs = -F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(targets.shape)
+        return (log_probs * (targets != Vocabulary.PAD)).sum(2)
+
+    def _search(self, memory: torch.Tensor, num_beams: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Beam search over all images at once, with the keys and values of earlier words kept.
+
+        A sentence that has ended stays in its beam, and competes by its score with those that go on.
+
+        Returns:
+            Words int64[n, num_beams, t] and length-normalised log-probabilities float32[n, num_beams], best first.
+        """
+        n, v = len(memory), self.vocabulary
+        read = [block.read(memory) for block in self.blocks]
+        past: list[_Past | None] = [None] * len(self.blocks)
+        words = memory.new_full((n, 1, 1), v.BEGIN, dtype=torch.long)
+        totals, lengths = memory.new_zeros(n, 1), memory.new_zeros(n, 1)
+        for step in range(self.config.max_words + 1):
+            hidden = self.embedding(words[:, :, -1:]) + self.position[step]
+            for number, block in enumerate(self.blocks):
+                hidden, past[number] = block(hidden, read[number], past[number])
+            log_probs = F.log_softmax(self._logits(hidden)[:, :, 0], dim=-1)
+            log_probs[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
+            if step == self.config.max_words:  # no room for another word
+                log_probs[:, :, v.END + 1 :] = -torch.inf
+            ended = (words[:, :, -1] == v.END) & (step > 0)
+            log_probs[ended] = -torch.inf
+            log_probs[..., v.END][ended] = 0.0
+            beams, chosen, totals, lengths = _best(totals, lengths, log_probs, ended, num_beams)
+            words = torch.cat([_pick(words, beams), chosen[:, :, None]], dim=2)
+            if bool((chosen == v.END).all()):
+                break
+            past = [(_pick(each[0], beams), _pick(each[1], beams)) for each in past if each is not None]
+        return words[:, :, 1:], totals / lengths**_LENGTH_POWER
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.norm(hidden), self.embedding.weight, self.bias)
+
+
+_Past = tuple[torch.Tensor, torch.Tensor]  # keys and values of earlier words, float32[n, c, heads, t, width / heads]
+
+
+class _Block(nn.Module):
+    """A decoder layer. Several sentences of one image share its reading of the image."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.num_heads = config.num_heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.self_out = nn.Linear(width, width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.cross_out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def read(self, memory: torch.Tensor) -> _Past:
+        """Keys and values of the memory: float32[n, heads, m, width / heads] each."""
+        keys, values = self.key_value(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return keys, values
+
+    def forward(self, hidden: torch.Tensor, read: _Past, past: _Past | None) -> tuple[torch.Tensor, _Past]:
+        """hidden: float32[n, c, t, width]; with `past`, t is 1 and the words before it are in there."""
+        n, c, t, width = hidden.shape
+        q, k, v = self.qkv(self.norms[0](hidden)).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=3), torch.cat([past[1], v], dim=3)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=past is None and t > 1)
+        hidden = hidden + self.dropout(self.self_out(attended.transpose(2, 3).flatten(3)))
+        q = self.query(self.norms[1](hidden)).reshape(n, c * t, self.num_heads, -1).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, *read)
+        hidden = hidden + self.dropout(self.cross_out(attended.transpose(1, 2).reshape(n, c, t, width)))
+        return hidden + self.dropout(self.down(F.gelu(self.up(self.norms[2](hidden))))), (k, v)
+
+
+def _best(
+    totals: torch.Tensor, lengths: torch.Tensor, log_probs: torch.Tensor, ended: torch.Tensor, num_beams: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The beams to go on with: which beam they come from, their new word, total and length."""
+    num_words = log_probs.shape[2]
+    candidates = totals[:, :, None] + log_probs
+    grown = (lengths + (~ended).float())[:, :, None].expand_as(candidates)
+    ranked = (candidates / grown**_LENGTH_POWER).flatten(1)
+    best = ranked.topk(min(num_beams, ranked.shape[1]), dim=1).indices
+    return (
+        best // num_words,
+        best % num_words,
+        candidates.flatten(1).gather(1, best),
+        grown.flatten(1).gather(1, best),
+    )
+
+
+def _pick(values: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
+    """Rows of dimension 1 of values [n, c, ...] by beams int64[n, b] -> [n, b, ...]."""
+    return values[torch.arange(len(values))[:, None], beams]

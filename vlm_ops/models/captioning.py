@@ -1,0 +1,138 @@
+"""A trained captioner: its base, and a sentence for each image.
+
+Where the base aligns images and texts, it has the last word: the sentence is the best, by its judgement,
+of those that the writer has found and of "a photo of a {class}" for the likeliest classes. Away from the
+scenes of its training a writer tells of what it knows; a plain class name is then nearer the truth.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vlm_ops.models import Caption, ImageEncoding, ImageModel, ModelInfo, TextModel
+from vlm_ops.models.aligned import CosineMatcher, load_image_below, load_text_below, produced_below
+from vlm_ops.models.captioner import Hypothesis
+from vlm_ops.models.directory import ModelDirectory
+from vlm_ops.models.onnx_engine import cached_file
+from vlm_ops.models.writers import writer_from
+from vlm_ops.sentences import class_sentence
+
+_DEFAULT_BEAMS = 5
+_LABELS = 3  # of the likeliest classes, how many speak
+_FIELDS = {"features": "features", "grid": "grid", "embedding": "embeddings"}
+
+
+def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
+    return ModelInfo(spec, directory.revision, produced_below(directory) | {"caption"}, directory.base.encodes_text)
+
+
+def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
+    if "caption" not in outputs:
+        return load_image_below(directory, info, device, outputs)
+    return CaptioningImageModel(directory, info, device, outputs)
+
+
+def load_text_model(directory: ModelDirectory, info: ModelInfo, device: str) -> TextModel:
+    return load_text_below(directory, info, device)
+
+
+class CaptioningImageModel:
+    """The base's encodings, with captions. The writer runs through torch."""
+
+    def __init__(self, directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> None:
+        import torch
+
+        self.info = info
+        self._writer = directory.fill(writer_from(directory.config["writer"], directory.path), "writer").to(device)
+        self._reads = tuple(directory.config["reads"])  # of the encoding; nothing where it sees the pixels
+        needed = {*self._reads, *({"match", "labels", "embedding"} & produced_below(directory))}
+        self._outputs = outputs
+        self._base = load_image_below(directory, info, device, (outputs - {"caption"}) | needed)
+        self.preprocessing = self._base.preprocessing
+        self.label_names = self._base.label_names
+        self._num_beams = directory.config.get("num_beams", _DEFAULT_BEAMS)
+        self._judge = _Judge(self._base, directory) if isinstance(self._base, CosineMatcher) else None
+        self._torch, self._device = torch, device
+        # One batch at a time on a GPU: other threads decode meanwhile. On a CPU each thread uses its own core.
+        self._lock = threading.Lock() if device != "cpu" else None
+
+    def encode_images(self, pixels: np.ndarray) -> ImageEncoding:
+        encoding = self._base.encode_images(pixels)
+        inputs = {name: getattr(encoding, _FIELDS[name]) for name in self._reads} or {"pixels": pixels}
+        written = self._write(inputs)
+        captions = self._judge(encoding, written) if self._judge else [_likeliest(each) for each in written]
+        # The grid is large, and nobody asked for it.
+        grid = encoding.grid if "grid" in self._outputs else None
+        return replace(encoding, grid=grid, captions=captions)
+
+    def match(self, encoding: ImageEncoding, rows: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+        return self._base.match(encoding, rows, texts)  # type: ignore[attr-defined]
+
+    def _write(self, inputs: dict[str, np.ndarray]) -> list[list[Hypothesis]]:
+        tensors = {
+            name: self._torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+            for name, values in inputs.items()
+        }
+        if self._lock is None:
+            return self._writer.write(tensors, self._num_beams)
+        with self._lock:
+            return self._writer.write(tensors, self._num_beams)
+
+
+class _Judge:
+    """Chooses among written sentences and class names, by the calibrated cosine of image and sentence."""
+
+    def __init__(self, base: CosineMatcher, directory: ModelDirectory) -> None:
+        self._base = base
+        self._margin = directory.config.get("label_margin", 0.0)
+        self._sentences = [class_sentence(name) for name in base.label_names]
+        self._vectors = _vectors_of(base, directory.base, self._sentences) if self._sentences else None
+
+    def __call__(self, encoding: ImageEncoding, written: Sequence[Sequence[Hypothesis]]) -> list[Caption]:
+        texts = [each.text for hypotheses in written for each in hypotheses]
+        rows = [row for row, hypotheses in enumerate(written) for _ in hypotheses]
+        cosines = self._base.cosines(encoding, rows, texts)
+        captions = []
+        for row, hypotheses in enumerate(written):
+            own = [i for i, each in enumerate(rows) if each == row]
+            best = max(own, key=lambda i: cosines[i])
+            label = self._best_label(encoding, row)
+            assert len(own) == len(hypotheses)
+            if label is not None and label[1] - self._margin > cosines[best]:
+                captions.append(Caption(self._sentences[label[0]], "labels", self._score(label[1])))
+            else:
+                captions.append(Caption(texts[best], "generated", self._score(cosines[best])))
+        return captions
+
+    def _best_label(self, encoding: ImageEncoding, row: int) -> tuple[int, float] | None:
+        """(class, cosine) of the sentence that fits best, of the likeliest classes."""
+        if self._vectors is None or encoding.probabilities is None:
+            return None
+        assert encoding.embeddings is not None
+        likeliest = np.argsort(-encoding.probabilities[row])[:_LABELS]
+        cosines = self._vectors[likeliest] @ encoding.embeddings[row]
+        best = int(cosines.argmax())
+        return int(likeliest[best]), float(cosines[best])
+
+    def _score(self, cosine: float) -> float:
+        return float(self._base.probability(np.array([cosine]))[0])
+
+
+def _likeliest(hypotheses: Sequence[Hypothesis]) -> Caption:
+    return Caption(hypotheses[0].text, "generated", float(np.exp(min(0.0, hypotheses[0].log_prob))))
+
+
+def _vectors_of(base: CosineMatcher, info: ModelInfo, sentences: Sequence[str]) -> np.ndarray:
+    """float32[k, d] of the class sentences, from the cache once they were encoded."""
+    key = hashlib.sha256("\0".join((info.revision, *sentences)).encode()).hexdigest()[:12]
+
+    def make(path: Path) -> None:
+        np.save(path, base.encode_texts(sentences))
+
+    return np.load(cached_file(f"sentences-{key}.npy", make))

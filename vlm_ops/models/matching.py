@@ -1,0 +1,75 @@
+"""A trained matcher: its base, and the probability that a text describes an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_ops.models import ImageEncoding, ImageModel, ModelInfo, TextModel, load_tokenizer
+from vlm_ops.models import load_text_model as load_base_text_model
+from vlm_ops.models.aligned import load_image_below, load_text_below, probability, produced_below
+from vlm_ops.models.directory import ModelDirectory
+
+
+def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
+    return ModelInfo(spec, directory.revision, produced_below(directory) | {"match"}, directory.base.encodes_text)
+
+
+def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
+    if "match" not in outputs:
+        return load_image_below(directory, info, device, outputs)
+    return MatcherImageModel(directory, info, device, outputs)
+
+
+def load_text_model(directory: ModelDirectory, info: ModelInfo, device: str) -> TextModel:
+    return load_text_below(directory, info, device)
+
+
+class MatcherImageModel:
+    """The base's encodings; pairs are matched by the trained network, through torch."""
+
+    def __init__(self, directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> None:
+        import torch
+
+        self.info = info
+        below = load_image_below(directory, info, device, (outputs - {"match"}) | {"features"})
+        self.preprocessing = below.preprocessing
+        self.label_names = below.label_names
+        self.encode_images = below.encode_images
+        self._matcher = _load_matcher(directory).to(device)
+        self._encode = _text_inputs(directory, device)
+        self._calibration = directory.config["calibration"]
+        self._torch, self._device = torch, device
+
+    def match(self, encoding: ImageEncoding, rows: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+        if not len(texts):
+            return np.empty(0, np.float32)
+        assert encoding.features is not None
+        with self._torch.inference_mode():
+            images = self._matcher.image_vectors({"features": self._tensor(encoding.features[list(rows)])})
+            inputs = {name: self._tensor(values) for name, values in self._encode(texts).items()}
+            logits = self._matcher(images, self._matcher.text_vectors(inputs)).float().cpu().numpy()
+        return probability(logits, self._calibration)
+
+    def _tensor(self, values: np.ndarray) -> Any:
+        return self._torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+
+
+def _text_inputs(directory: ModelDirectory, device: str) -> Callable[[Sequence[str]], Mapping[str, np.ndarray]]:
+    """What the matcher takes for texts: tokens where its text model was fine-tuned, vectors where it was not."""
+    if "text" in directory.config["finetuned"]:
+        return load_tokenizer(directory.text_base.spec)
+    texts_below = load_base_text_model(directory.text_base.spec, device)
+    return lambda texts: {"vectors": texts_below.encode_texts(texts)}
+
+
+def _load_matcher(directory: ModelDirectory) -> Any:
+    """The network. Of a fine-tuned image side it needs nothing: its encodings are those already."""
+    from vlm_ops.models.matcher import Matcher, MatcherConfig
+
+    matcher = directory.fill(Matcher(MatcherConfig(**directory.config["shapes"])), "matcher")
+    if "text" in directory.config["finetuned"]:
+        matcher.text_backbone = directory.base_text_backbone()
+    return matcher.eval()

@@ -1,0 +1,43 @@
+"""The writers a captioner can have: how each is described in a model directory, and made again from that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig
+
+COMPACT = "compact"
+
+
+def describe_writer(writer: Any) -> dict[str, Any]:
+    """What `writer_from` needs, as JSON."""
+    if isinstance(writer, CaptionDecoder):
+        return {"kind": COMPACT, **asdict(writer.config)}
+    from vlm_ops.models import language_model
+
+    return language_model.describe_writer(writer)
+
+
+def save_writer_files(writer: Any, path: Path) -> None:
+    """What a writer needs beside its weights: the tokenizer of a hub model."""
+    if not isinstance(writer, CaptionDecoder):
+        from vlm_ops.models import language_model
+
+        language_model.save_tokenizer(writer, path)
+
+
+def writer_from(description: Mapping[str, Any], path: Path) -> Any:
+    """A writer without its weights.
+
+    Args:
+        path: The model directory.
+    """
+    if description["kind"] == COMPACT:
+        shapes = {name: value for name, value in description.items() if name != "kind"}
+        return CaptionDecoder(DecoderConfig(**shapes))
+    from vlm_ops.models import language_model
+
+    return language_model.writer_from(dict(description), path)
