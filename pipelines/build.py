@@ -30,7 +30,7 @@ from vlm_ops.enrich import EnrichConfig
 from vlm_ops.faiss_index import newest_manifest
 from vlm_ops.inputs import Listing, list_inputs, pack
 from vlm_ops.models import resolve_device
-from vlm_ops.ops import plan_ops
+from vlm_ops.ops import default_ops, plan_ops
 from vlm_ops.pages import write_run_report
 from vlm_ops.publishing import PublishConfig, read_manifest
 
@@ -94,7 +94,7 @@ def plan_build(options: BuildOptions, catalog: CatalogLayout) -> BuildPlan:
         ValueError: An op, model or format is wrong, or the catalog has another recipe.
         FileNotFoundError: A pattern matches nothing.
     """
-    recipe = recipe_of(options, plan_ops(options.ops, options.model))
+    recipe = recipe_of(options, plan_ops(options.ops or default_ops(options.model), options.model))
     listing = list_inputs(input_config(options, options.input))
     live = live_parts(open_table(catalog.images, options.storage_options))
     live_failures = live_parts(open_table(catalog.failures, options.storage_options))

@@ -13,6 +13,7 @@ COMMANDS = {
     "build": "read images, run the models, write the catalog and its index",
     "index": "make a new index from the catalog's table",
     "search": "find images by text or by image",
+    "score": "say how likely captions describe their images",
     "evaluate": "measure a model on images with captions or labels",
     "train": "train a model on images with captions",
     "inspect": "say what is in a catalog",

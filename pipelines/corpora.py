@@ -1,5 +1,5 @@
-"""Images of any inputs, encoded by a model once and kept in the user's cache: what `evaluate` measures
-and `train` learns from.
+"""Images of any inputs, encoded by a model once and kept in the user's cache: what `evaluate` measures,
+`score` scores and `train` learns from.
 
 They go through the same readers, decoders and ops as in `build`, into part files of the same kind, so
 that a run that was killed goes on where it stopped, and a second one computes nothing.
@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.options import ReadingOptions, input_config, read_config, recipe_of
 from pipelines.progress import Progress
 from schemas.catalog import CatalogLayout
 from schemas.recipes import Recipe
-from schemas.tables import INDEX_ROW_COLUMNS, op_columns
+from schemas.tables import INDEX_ROW_COLUMNS
 from vlm_ops.delta_tables import LivePart, read_columns
 from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.inputs import list_inputs, pack
@@ -29,9 +30,11 @@ logger = logging.getLogger(__name__)
 _BESIDE = ("source_captions", "source_metadata")
 
 
-def encode_corpus(options: ReadingOptions, patterns: Sequence[str], ops: Sequence[str]) -> tuple[pa.Table, Recipe]:
+def encode_corpus(
+    options: ReadingOptions, patterns: Sequence[str], ops: Sequence[str], columns: Sequence[str]
+) -> tuple[pa.Table, Recipe]:
     """One row an image of the patterns, in their order: what an index keeps of it, what stood beside
-    it, and the columns of the ops; and the recipe that made them.
+    it, and the named columns of the ops; and the recipe that made them.
 
     Raises:
         ValueError: The model cannot serve an op, or no image could be read.
@@ -45,7 +48,7 @@ def encode_corpus(options: ReadingOptions, patterns: Sequence[str], ops: Sequenc
     enricher = Enricher(
         EnrichConfig(catalog.root, recipe, "corpus", read, options.device, options.batch_size, options.num_workers)
     )
-    columns = [*INDEX_ROW_COLUMNS, *_BESIDE, *(field.name for op in ops for field in op_columns(op))]
+    columns = list(dict.fromkeys([*INDEX_ROW_COLUMNS, *_BESIDE, *columns]))
     tables, num_failed = [], 0
     with Progress("corpus", shards, title="images") as progress:
         for shard in shards:
@@ -53,13 +56,25 @@ def encode_corpus(options: ReadingOptions, patterns: Sequence[str], ops: Sequenc
             progress.finish(shard, summary.num_images)
             num_failed += summary.num_failed_images
             part = LivePart(summary.name, summary.num_images, summary.num_bytes)
-            tables += [table for _, table in read_columns(catalog.images, [part], list(dict.fromkeys(columns)), {})]
+            tables += [table for _, table in read_columns(catalog.images, [part], columns, {})]
     if num_failed:
         logger.warning("%d images failed and are left out", num_failed)
     table = pa.concat_tables(tables)
     if not table.num_rows:
         raise ValueError(f"no image of {' '.join(patterns)} could be read")
     return table, recipe
+
+
+def with_captions(table: pa.Table, patterns: Sequence[str]) -> pa.Table:
+    """The rows of images that came with captions.
+
+    Raises:
+        ValueError: There are none.
+    """
+    kept = table.filter(pc.greater(pc.list_value_length(table["source_captions"]), 0))
+    if not kept.num_rows:
+        raise ValueError(f"no image of {' '.join(patterns)} has a caption; name their field with --caption_field")
+    return kept
 
 
 def matrix(table: pa.Table, column: str) -> np.ndarray:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -50,7 +51,7 @@ class BuildOptions(ReadingOptions):
     """Flags of `beamsight build`; `beam_args` are those that belong to Beam."""
 
     catalog: str
-    ops: tuple[str, ...]
+    ops: tuple[str, ...] | None
     max_failure_rate: float
     recompute: bool
     runner: str
@@ -59,26 +60,59 @@ class BuildOptions(ReadingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ReadingOptions):
-    """Flags of `beamsight evaluate`. `label_field` and `template` are for `zero-shot`."""
+    """Flags of `beamsight evaluate`. `label_field` and `template` are for `zero-shot`, `mention`, `synonyms` and
+    `never` for `captions`."""
 
     task: str
     label_field: str
     template: tuple[str, ...]
+    mention: tuple[str, ...]
+    synonyms: str | None
+    never: tuple[str, ...]
     json: bool
     html: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreOptions(ReadingOptions):
+    """Flags of `beamsight score`: either `input`, or `image` and `text`."""
+
+    image: tuple[str, ...]
+    text: tuple[str, ...]
+    json: bool
+    output: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions(ReadingOptions):
-    """Flags of `beamsight train`."""
+    """Flags of `beamsight train`. `writer`, `language_model`, `num_beams` and `min_word_count` are for captioners,
+    `text_model` and `hidden_dim` for what joins two sides."""
 
     kind: str
     validation: tuple[str, ...]
+    caption_template: str | None
+    text_model: str
+    finetune: frozenset[str]
+    writer: str
+    language_model: str | None
+    objective: str
+    start: str | None
+    num_beams: int
+    min_word_count: int
     output: str
     epochs: int
     images_per_step: int
+    captions_per_image: int
     learning_rate: float
+    weight_decay: float
+    averaging: float
     dropout: float
+    hidden_dim: int
+    mixing: float
+    mirrored: bool
+    pseudo_weight: float
+    dtype: str
+    licence: str
     seed: int
 
 
@@ -123,8 +157,8 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
     add = parser.add_argument
     _add_reading(parser)
     add("--catalog", required=True, metavar="DIR", help="where the catalog is or will be: a directory, s3:// or gs://")
-    add("--ops", type=_names, default=DEFAULT_OPS, metavar="OP[,OP]",
-        help=f"what to compute (default: {','.join(DEFAULT_OPS)})")  # fmt: skip
+    add("--ops", type=_names, metavar="OP[,OP]",
+        help=f"what to compute (default: those of {','.join(DEFAULT_OPS)} that the model serves; also: caption_match)")  # fmt: skip
     add("--max_failure_rate", type=_fraction, default=0.05,
         help="publish nothing, and exit with 3, when a larger share of the images fails (default: %(default)s)")  # fmt: skip
     add("--recompute", action="store_true",
@@ -138,47 +172,168 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
 def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
     parser = _parser("evaluate", "Measures a model on images with captions or labels.")
     add = parser.add_argument
-    add("task", choices=("retrieval", "zero-shot"),
-        help="retrieval: captions find their image, images their captions; zero-shot: the best of all labels")  # fmt: skip
+    add("task", choices=("retrieval", "zero-shot", "captions", "matcher"),
+        help="retrieval: captions find their image, images their captions; zero-shot: the best of all labels; "
+             "captions: those that the model gives, against those of the images and against their metadata; "
+             "matcher: own captions are told from others")  # fmt: skip
     _add_reading(parser)
-    add("--label_field", default="label", help="metadata field that holds the label (default: %(default)s)")
-    add("--template", action="append", default=[],
+    group = parser.add_argument_group("zero-shot").add_argument
+    group("--label_field", default="label", help="metadata field that holds the label (default: %(default)s)")
+    group("--template", action="append", default=[],
         help="text of a label, {} standing for it; several are averaged (default: 'a photo of a {}')")  # fmt: skip
+    group = parser.add_argument_group("captions").add_argument
+    group("--mention", type=_names, action="extend", default=[], metavar="FIELD[,FIELD]",
+        help="metadata fields whose value a caption should name; the share that does is measured")  # fmt: skip
+    group("--synonyms", metavar="FILE",
+        help='JSON of other words for values of these fields, such as {"Tshirts": ["t-shirt", "tee"]}')  # fmt: skip
+    group("--never", type=_names, action="extend", default=[], metavar="WORD[,WORD]",
+        help="words that no caption should use, such as man,woman,person where there are no people; "
+             "the share that does is measured")  # fmt: skip
     add("--json", action="store_true", help="as one JSON object")
-    add("--html", metavar="FILE", help="also write the best and worst examples as one self-contained page")
+    add(
+        "--html", metavar="FILE", help="also write examples, such as the best and the worst, as one self-contained page"
+    )
     _add_workers(parser)
     args = parser.parse_args(argv)
     templates = tuple(args.template) or ("a photo of a {}",)
     if wrong := [template for template in templates if "{}" not in template]:
         parser.error(f"argument --template: {{}} must stand for the label, got {wrong[0]!r}")
-    return EvaluateOptions(**{**vars(args), "input": tuple(args.input), "template": templates})
+    if args.task != "captions" and (args.mention or args.synonyms or args.never):
+        parser.error(f"--mention, --synonyms and --never are for captions, not for {args.task}")
+    if args.synonyms and not args.mention:
+        parser.error("--synonyms needs --mention, the metadata fields whose values it has other words for")
+    lists = {name: tuple(dict.fromkeys(getattr(args, name))) for name in ("input", "mention", "never")}
+    return EvaluateOptions(**{**vars(args), **lists, "template": templates})
+
+
+def parse_score(argv: Sequence[str]) -> ScoreOptions:
+    parser = _parser("score", "Says how likely texts describe images: given ones, or the captions of a corpus.")
+    add = parser.add_argument
+    _add_reading(parser, is_optional=True)
+    add("--image", action="append", default=[], metavar="FILE", help="score an image; may be given several times")
+    add("--text", action="append", default=[], help="with each --image; may be given several times")
+    add("--json", action="store_true", help="one JSON line a pair, as always with --input")
+    add("--output", metavar="FILE", help="write the JSON lines to a file, local or remote, in place of the terminal")
+    _add_workers(parser)
+    args = parser.parse_args(argv)
+    if args.input and (args.image or args.text):
+        parser.error("--input scores images with their own captions; leave out --image and --text")
+    if not args.input and not (args.image and args.text):
+        parser.error("nothing to score: give --image FILE and --text TEXT, or --input PATTERN")
+    if not all(text.strip() for text in args.text):
+        parser.error("a text is empty; give one that could describe an image")
+    lists = {name: tuple(dict.fromkeys(getattr(args, name))) for name in ("input", "image", "text")}
+    return ScoreOptions(**{**vars(args), **lists})
+
+
+# What each kind does unless a flag says otherwise.
+_TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dual-encoder": {
+        "model": "compact:conse", "epochs": 20, "images_per_step": 600, "captions_per_image": 2, "weight_decay": 0.05,
+        "averaging": 0.0, "dropout": 0.5, "hidden_dim": 1024,
+    },
+    "captioner": {
+        "model": "compact:aligned", "epochs": 12, "images_per_step": 50, "captions_per_image": 3, "weight_decay": 0.02,
+        "averaging": 0.999, "dropout": 0.1, "hidden_dim": 256,
+    },
+    "matcher": {
+        "model": "compact:conse", "epochs": 20, "images_per_step": 300, "captions_per_image": 2, "weight_decay": 0.05,
+        "averaging": 0.99, "dropout": 0.3, "hidden_dim": 512,
+    },
+}  # fmt: skip
+_WRITERS = ("compact", "cross-attention", "vision-encoder-decoder")
 
 
 def parse_train(argv: Sequence[str]) -> TrainOptions:
-    parser = _parser("train", "Trains a model on images with captions, and writes a model directory.")
+    parser = _parser("train", "Trains a model on images with captions, and writes a model directory.",
+                     epilog="Flags may also stand in a file, read where its name is given as @FILE.",
+                     fromfile_prefix_chars="@")  # fmt: skip
     add = parser.add_argument
-    add(
-        "kind",
-        choices=("dual-encoder",),
-        help="dual-encoder: aligns the images and texts of --model, which stays frozen",
-    )
+    add("kind", choices=tuple(_TRAINING_DEFAULTS),
+        help="dual-encoder: aligns images and texts; captioner: writes sentences; matcher: says whether image and text match")  # fmt: skip
     _add_reading(parser)
     add("--validation", nargs="+", action="extend", required=True, metavar="PATTERN",
         help="images with captions that are not trained on; of the same kinds as --input")  # fmt: skip
+    add("--caption_template", metavar="FILE",
+        help="Jinja template whose lines are the captions of images that bring none, made of their metadata")  # fmt: skip
     add("--output", required=True, metavar="DIR", help="the model directory to write; use it as --model dir:DIR")
-    add("--epochs", type=_positive_int, default=20, help="passes over the images (default: %(default)s)")
-    add("--images_per_step", type=_positive_int, default=600, help="images a training step (default: %(default)s)")
-    add(
-        "--learning_rate",
-        type=_positive_float,
-        default=1e-3,
-        help="highest rate of the schedule (default: %(default)s)",
-    )
-    add("--dropout", type=_fraction, default=0.5, help="in the image head; less for more data (default: %(default)s)")
-    add("--seed", type=int, default=0, help="same seed, same result on the same machine (default: %(default)s)")
+    _add_training_models(parser.add_argument_group("what is trained"))
+    _add_training_recipe(parser.add_argument_group("how it is trained"))
     _add_workers(parser)
+    parser.set_defaults(model=None)
     args = parser.parse_args(argv)
+    for name, value in _TRAINING_DEFAULTS[args.kind].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.text_model = args.text_model or args.model
+    args.writer = args.writer or ("cross-attention" if args.language_model else "compact")
+    _check_writer(parser, args)
     return TrainOptions(**{**vars(args), "input": tuple(args.input), "validation": tuple(args.validation)})
+
+
+def _add_training_models(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--text_model", metavar="SPEC", help="the text side of a dual encoder or matcher (default: that of --model)")
+    add("--finetune", type=_sides, default=frozenset(), metavar="SIDE[,SIDE]",
+        help="train the image or text model below as well, or both: image,text (default: both stay as they are)")  # fmt: skip
+    add("--writer", choices=_WRITERS,
+        help="captioner: the small decoder of this program; a language model that reads image features by cross-attention; "
+             "or an image transformer and a language model trained as one (default: compact, or cross-attention with "
+             "--language_model)")  # fmt: skip
+    add("--language_model", metavar="SPEC", help="captioner: a causal language model, such as hf:gpt2")
+    add("--start", metavar="DIR", help="captioner: begin with the weights of this model directory, of the same shapes")
+    add("--hidden_dim", type=_positive_int, help="width of the trained network (default: by the kind)")
+    add("--num_beams", type=_positive_int, default=5,
+        help="captioner: sentences that its search follows when it is used (default: %(default)s)")  # fmt: skip
+    add("--min_word_count", type=_positive_int, default=5,
+        help="captioner: rarer words are left out of the small decoder's vocabulary (default: %(default)s)")  # fmt: skip
+
+
+def _add_training_recipe(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--epochs", type=_positive_int, help="passes over the images (default: by the kind)")
+    add("--images_per_step", type=_positive_int, help="images a training step (default: by the kind)")
+    add("--captions_per_image", type=_positive_int, help="captions of each image in a step (default: by the kind)")
+    add("--learning_rate", type=_positive_float, default=1e-3,
+        help="highest rate of the schedule; a fine-tuned model below has a tenth (default: %(default)s)")  # fmt: skip
+    add("--weight_decay", type=_fraction, help="of AdamW (default: by the kind)")
+    add(
+        "--averaging",
+        type=_fraction,
+        help="decay of the average of the weights that is kept; 0: the last (default: by the kind)",
+    )
+    add("--dropout", type=_fraction, help="less for more data (default: by the kind)")
+    add("--mirrored", action="store_true", help="turn every other image left to right, drawn anew each epoch")
+    add("--mixing", type=float, default=0.0,
+        help="dual-encoder: weight of the loss on images and captions mixed in pairs, which helps small corpora (default: %(default)s)")  # fmt: skip
+    add("--objective", default="likelihood", choices=("likelihood", "cider"),
+        help="captioner: the likelihood of the captions, or CIDEr-D of what it writes itself, for one that can write "
+             "already (default: %(default)s)")  # fmt: skip
+    add("--pseudo_weight", type=float, default=0.0,
+        help="weight of the loss on images of the model's classes that are made without photos, so that what its "
+             "captions never name is not forgotten (default: %(default)s)")  # fmt: skip
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="what is computed in (default: %(default)s, bfloat16 where the processor has it)")  # fmt: skip
+    add("--licence", default="", metavar="TEXT", help="what the model card says of the data's licence")
+    add("--seed", type=int, default=0, help="same seed, same result on the same machine (default: %(default)s)")
+
+
+def _check_writer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.kind != "captioner" and (args.writer != "compact" or args.language_model):
+        parser.error(f"--writer and --language_model are for captioners, not for a {args.kind}")
+    if args.writer != "compact" and not args.language_model:
+        parser.error(f"--writer {args.writer} needs --language_model, such as hf:gpt2")
+    if args.writer == "compact" and args.language_model:
+        parser.error("--language_model is not read by --writer compact; leave one of them out")
+    if args.kind == "captioner" and "text" in args.finetune:
+        parser.error("--finetune text: a captioner has no text side; its language model is always trained")
+
+
+def _sides(text: str) -> frozenset[str]:
+    sides = frozenset(_names(text))
+    if wrong := sides - {"image", "text"}:
+        raise argparse.ArgumentTypeError(f"must be image, text or image,text, got {', '.join(sorted(wrong))!r}")
+    return sides
 
 
 def parse_index(argv: Sequence[str]) -> IndexOptions:
@@ -226,6 +381,10 @@ def parse_inspect(argv: Sequence[str]) -> InspectOptions:
 
 
 class _Parser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """A file of flags is written like a command line, over several lines and with comments."""
+        return shlex.split(arg_line, comments=True)
+
     def error(self, message: str) -> NoReturn:
         """One line, without the usage of all flags above it."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -259,8 +418,8 @@ def read_config(options: ReadingOptions) -> ReadConfig:
     return ReadConfig(options.max_image_bytes, options.image_column, options.caption_field, options.storage_options)
 
 
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return _Parser(f"beamsight {command}", description=description, allow_abbrev=False)
+def _parser(command: str, description: str, **settings: Any) -> argparse.ArgumentParser:
+    return _Parser(f"beamsight {command}", description=description, allow_abbrev=False, **settings)
 
 
 def _add_catalog(parser: argparse.ArgumentParser) -> None:
@@ -274,9 +433,9 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
+def _add_reading(parser: argparse.ArgumentParser, is_optional: bool = False) -> None:
     add = parser.add_argument
-    add("--input", nargs="+", action="extend", required=True, metavar="PATTERN",
+    add("--input", nargs="+", action="extend", required=not is_optional, default=[], metavar="PATTERN",
         help="folders, globs, {brace..patterns} or files: images, WebDataset tars (plain or gz), Parquet with image bytes, "
              "lists of image URIs (JSONL, CSV, Parquet); local, s3://, gs:// or any other fsspec filesystem")  # fmt: skip
     add("--input_format", default="auto", choices=INPUT_FORMATS, help="force the format of all inputs")

@@ -13,7 +13,6 @@ import numpy as np
 from pipelines.options import SearchOptions
 from schemas.catalog import CatalogLayout
 from schemas.manifests import IndexManifest
-from schemas.samples import SampleError
 from schemas.tables import RESULTS
 from vlm_ops import storage
 from vlm_ops.faiss_index import open_index
@@ -88,19 +87,10 @@ def _encode_texts(texts: Sequence[str], encoder: ModelInfo, d: int) -> np.ndarra
 def _encode_images(options: SearchOptions, encoder: ModelInfo, d: int) -> np.ndarray:
     if not options.image:
         return np.empty((0, d), np.float32)
-    from vlm_ops.images import decode, preprocess  # heavy, and text queries do not need it
+    from pipelines.query_images import encode_query_images  # heavy, and text queries do not need it
 
-    model = load_image_model(encoder.spec, options.device)
-    pixels = []
-    for uri in options.image:
-        try:
-            image = decode(storage.read_bytes(storage.normalise(uri), options.storage_options))
-        except SampleError as error:
-            raise ValueError(f"cannot search with image {uri!r}: {error.message}") from error
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"cannot search with image {uri!r}: no such file") from error
-        pixels.append(preprocess(image.pixels, model.preprocessing).numpy())
-    embeddings = model.encode_images(np.stack(pixels)).embeddings
+    model = load_image_model(encoder.spec, options.device, frozenset({"embedding"}))
+    embeddings = encode_query_images(model, options.image, options.storage_options, "search with").embeddings
     assert embeddings is not None
     return embeddings
 

@@ -5,28 +5,61 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from tqdm import tqdm
 
 from pipelines.corpora import encode_corpus, matrix
 from pipelines.options import TrainOptions
-from vlm_ops.models import describe_model, load_text_model
+from vlm_ops.models import (
+    describe_model,
+    load_image_backbone,
+    load_text_backbone,
+    load_text_model,
+    load_tokenizer,
+    resolve_device,
+)
+from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig
+from vlm_ops.models.directory import ModelDirectory
 from vlm_ops.models.onnx_engine import cached_file
 from vlm_ops.publishing import installed_version
+from vlm_ops.sentences import CaptionTemplate
 from vlm_ops.storage import check_writable, is_local
-from vlm_ops.training.dual_encoder import Epoch, Pairs, TrainingConfig, heads_config, train
-from vlm_ops.training.model_directory import Provenance, write_dual_encoder
+from vlm_ops.training.data import CaptionedImages, features_at_the_start
+from vlm_ops.training.inputs import GRID_OP, MIRRORED_OP, PIXELS_OP
+from vlm_ops.training.loop import Epoch, LoopConfig, Task, fit
+from vlm_ops.training.model_directory import ModelCard, write_model
+from vlm_ops.training.pseudo_images import PseudoImages, make_pseudo_images
 
 logger = logging.getLogger(__name__)
 
-_OPS = ("quality", "features", "embedding")
 _TEXTS_PER_CALL = 1024
 _CHECKPOINT = "checkpoint.pt"
+# Flags that decide what a training of each kind comes to, besides those of its recipe.
+_FLAGS = {
+    "dual-encoder": ("hidden_dim", "dropout", "mirrored"),
+    "captioner": ("writer", "language_model", "start", "hidden_dim", "dropout", "min_word_count", "mirrored"),
+    "matcher": ("hidden_dim", "dropout", "mirrored"),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A task, and what becomes of its module.
+
+    Attributes:
+        finish: (trained module) -> the parts to write, the description that loads them, and figures for the card.
+    """
+
+    task: Task
+    finish: Callable[[Any], tuple[dict[str, torch.nn.Module], dict[str, Any], dict[str, float]]]
 
 
 def run(options: TrainOptions) -> int:
@@ -40,67 +73,250 @@ def run(options: TrainOptions) -> int:
         raise ValueError(f"--output must be a local directory, got {options.output!r}; copy the model from there")
     check_writable(options.output)
     output = Path(options.output).expanduser()
-    config = TrainingConfig(
+    device = resolve_device(options.device)
+    config = LoopConfig(
         num_epochs=options.epochs,
         batch_size=options.images_per_step,
         learning_rate=options.learning_rate,
-        dropout=options.dropout,
+        weight_decay=options.weight_decay,
+        averaging=options.averaging,
+        dtype=_dtype(options.dtype, device),
+        device=device,
         seed=options.seed,
     )
-    pairs = encode_pairs(options, options.input)
-    validation = encode_pairs(options, options.validation)
+    _check_models(options)
+    data = caption_images(options, options.input)
+    validation = caption_images(options, options.validation)
+    torch.set_num_threads(options.num_workers)
+    torch.manual_seed(options.seed)
+    training = _TRAININGS[options.kind](options, data, validation, device)
     output.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=config.num_epochs, unit="epoch", desc="train", disable=not sys.stderr.isatty()) as bar:
-
-        def show(epoch: Epoch) -> None:
-            bar.n = epoch.number
-            bar.set_postfix_str(f"loss {epoch.loss:.3f}, validation R@10 {epoch.recall_at_10:.3f}")
-            if bar.disable:
-                logger.info("epoch %d of %d: loss %.3f, validation R@10 %.3f",
-                            epoch.number, config.num_epochs, epoch.loss, epoch.recall_at_10)  # fmt: skip
-
-        trained = train(pairs, validation, config, output / _CHECKPOINT, show)
-    base = describe_model(options.model)
-    provenance = Provenance(
-        base=base.spec,
-        base_revision=base.revision,
+    base, text_base = describe_model(options.model), describe_model(options.text_model)
+    flags = {name: getattr(options, name) for name in _FLAGS[options.kind]}
+    flags |= {"model": base.name, "text_model": text_base.name, "finetune": sorted(options.finetune)}
+    module, epochs = _fit(training.task, config, flags, output / _CHECKPOINT)
+    parts, description, figures = training.finish(module)
+    bases = {"base": base.spec, "base_revision": base.revision, "finetuned": sorted(options.finetune)}
+    if options.kind != "captioner" and text_base != base:
+        bases |= {"text_base": text_base.spec, "text_base_revision": text_base.revision}
+    names = base.name if "text_base" not in bases else f"{base.name} and {text_base.name}"
+    card = ModelCard(
+        kind=options.kind,
+        base=names,
         inputs=options.input,
         validation=options.validation,
-        num_images=len(pairs),
-        num_captions=sum(len(each) for each in pairs.captions),
+        num_images=len(data),
+        num_captions=data.num_captions,
+        metric=training.task.metric,
+        epochs=epochs,
+        figures=figures,
+        recipe={**asdict(config), **training.task.identity, **flags},
+        licence=options.licence,
         version=installed_version(),
     )
-    write_dual_encoder(output, trained, heads_config(pairs, config), config, provenance)
+    write_model(output, parts, {**bases, **description, "recipe": dict(card.recipe)}, card)
     (output / _CHECKPOINT).unlink(missing_ok=True)
-    print(
-        f"model      dir:{output}\nR@10       {trained.epochs[-1].recall_at_10:.3f} (text to image, on {len(validation)} validation images)"
-    )
+    print(f"model      dir:{output}")
+    for name, value in figures.items():
+        print(f"{name:<10} {value:.3f}   (on {len(validation)} validation images)")
     return 0
 
 
-def encode_pairs(options: TrainOptions, patterns: Sequence[str]) -> Pairs:
-    """Features and captions of all images that have any, encoded by the base model or found in the cache."""
-    table, _ = encode_corpus(options, patterns, _OPS)
-    captions = table.column("source_captions").to_pylist()
+def _check_models(options: TrainOptions) -> None:
+    """Says what cannot be trained before any image is read.
+
+    Raises:
+        ValueError: A spec is unknown, or a side is missing.
+    """
+    describe_model(options.model)
+    if options.kind != "captioner" and not describe_model(options.text_model).encodes_text:
+        raise ValueError(f"model {options.text_model!r} has no text side; name a model that has one with --text_model")
+    if options.writer == "vision-encoder-decoder" and options.finetune:
+        raise ValueError("--writer vision-encoder-decoder is always trained as one; leave out --finetune")
+    heads = DecoderConfig.num_heads
+    if options.kind == "captioner" and options.writer == "compact" and options.hidden_dim % heads:
+        raise ValueError(f"--hidden_dim of the compact writer must be a multiple of {heads}, got {options.hidden_dim}")
+
+
+def _fit(
+    task: Task, config: LoopConfig, flags: Mapping[str, Any], checkpoint: Path
+) -> tuple[torch.nn.Module, tuple[Epoch, ...]]:
+    """Trains with a bar that shows steps, loss and metric; on no terminal, a line an epoch."""
+    with tqdm(unit="step", desc="train", disable=not sys.stderr.isatty()) as bar:
+
+        def on_step(step: int, num_steps: int) -> None:
+            bar.total = num_steps
+            bar.update(step - bar.n)
+
+        def on_epoch(epoch: Epoch) -> None:
+            bar.set_postfix_str(f"loss {epoch.loss:.3f}, validation {task.metric} {epoch.score:.3f}")
+            if bar.disable:
+                logger.info("epoch %d of %d: loss %.3f, validation %s %.3f",
+                            epoch.number, config.num_epochs, epoch.loss, task.metric, epoch.score)  # fmt: skip
+
+        return fit(task, config, checkpoint, on_epoch, on_step, flags)
+
+
+def train_dual_encoder(
+    options: TrainOptions, data: CaptionedImages, validation: CaptionedImages, device: str
+) -> Training:
+    """Heads on the image side of --model and the text side of --text_model."""
+    from vlm_ops.models.dual_encoder import DualEncoder, HeadsConfig
+    from vlm_ops.training.dual_encoder import ContrastiveConfig, DualEncoderTask, calibrated, retrieval_figures
+
+    image_dims, text_dim = _image_dims(options, data), _text_dim(options, data)
+    shapes = HeadsConfig(image_dims["features"], image_dims["embedding"], text_dim, options.hidden_dim, options.dropout)
+    model = DualEncoder(shapes, *_backbones(options))
+    config = ContrastiveConfig(
+        captions_per_image=options.captions_per_image, mixing=options.mixing, pseudo_weight=options.pseudo_weight
+    )
+    task = DualEncoderTask(model, data, validation, config, device, _pseudo_images(options, data))
+
+    def finish(trained: Any) -> tuple[dict[str, torch.nn.Module], dict[str, Any], dict[str, float]]:
+        trained = trained.model
+        task.measure_crowding(trained)
+        calibration = asdict(calibrated(trained, validation, device))
+        parts = {"image": trained.image, "text": trained.text, "crowding": trained.crowding, **_finetuned(trained)}
+        return (
+            parts,
+            {"shapes": asdict(shapes), "calibration": calibration},
+            retrieval_figures(trained, validation, device),
+        )
+
+    return Training(task, finish)
+
+
+def train_captioner(options: TrainOptions, data: CaptionedImages, validation: CaptionedImages, device: str) -> Training:
+    """A writer under the image side of --model."""
+    from vlm_ops.models.captioner import Captioner
+    from vlm_ops.models.writers import describe_writer, save_writer_files
+    from vlm_ops.training.captioner import CaptionerTask, CaptioningConfig, captioning_figures
+
+    backbone = None if options.writer == "vision-encoder-decoder" else _backbones(options)[0]
+    writer = _started(options, _writer(options, data, backbone, device))
+    config = CaptioningConfig(
+        captions_per_image=options.captions_per_image,
+        pseudo_weight=options.pseudo_weight,
+        objective=options.objective,
+    )
+    task = CaptionerTask(Captioner(writer, backbone), data, validation, config, device, _pseudo_images(options, data))
+    reads = (
+        [] if options.writer == "vision-encoder-decoder" else [n for n, d in _image_dims(options, data).items() if d]
+    )
+
+    def finish(trained: Any) -> tuple[dict[str, torch.nn.Module], dict[str, Any], dict[str, float]]:
+        save_writer_files(trained.writer, Path(options.output).expanduser())
+        description = {"writer": describe_writer(trained.writer), "reads": reads, "num_beams": options.num_beams}
+        parts = {"writer": trained.writer, **_finetuned(trained)}
+        return parts, description, captioning_figures(trained, validation, options.num_beams, device)
+
+    return Training(task, finish)
+
+
+def train_matcher(options: TrainOptions, data: CaptionedImages, validation: CaptionedImages, device: str) -> Training:
+    """A classifier of pairs on the image side of --model and the text side of --text_model."""
+    from vlm_ops.models.matcher import Matcher, MatcherConfig
+    from vlm_ops.training.calibration import calibrate
+    from vlm_ops.training.matcher import MatcherTask, MatchingConfig, matching_figures
+
+    shapes = MatcherConfig(
+        _image_dims(options, data)["features"], _text_dim(options, data), options.hidden_dim, options.dropout
+    )
+    config = MatchingConfig(captions_per_image=options.captions_per_image)
+    task = MatcherTask(Matcher(shapes, *_backbones(options)), data, validation, config, device)
+
+    def finish(trained: Any) -> tuple[dict[str, torch.nn.Module], dict[str, Any], dict[str, float]]:
+        scores, targets = task.scores(trained)
+        calibration = calibrate(scores, targets)
+        backbones = _finetuned(trained)
+        trained.image_backbone = trained.text_backbone = None
+        description = {"shapes": asdict(shapes), "calibration": asdict(calibration)}
+        return {"matcher": trained, **backbones}, description, matching_figures(calibration(scores), targets)
+
+    return Training(task, finish)
+
+
+_TRAININGS = {"dual-encoder": train_dual_encoder, "captioner": train_captioner, "matcher": train_matcher}
+
+
+def caption_images(options: TrainOptions, patterns: Sequence[str]) -> CaptionedImages:
+    """All images of the patterns that have captions, as the task wants them: encoded by the base or found in the
+    cache, or as pixels where the image side is fine-tuned."""
+    sees_pixels = "image" in options.finetune or options.writer == "vision-encoder-decoder"
+    produces = describe_model(options.model).produces
+    if sees_pixels:
+        columns = {"pixels": PIXELS_OP}
+    else:
+        columns = {"features": "features", "image_embedding": "embedding"}
+        if options.kind == "captioner":
+            columns["grid"] = GRID_OP
+        columns = {name: op for name, op in columns.items() if op != "embedding" or "embedding" in produces}
+    names = {_input_name(column): column for column in columns}
+    ops, turned = list(columns.values()), {}
+    if options.mirrored and patterns == options.input and not sees_pixels:
+        turned = {name: f"mirrored_{name}" for name in names}
+        ops.append(MIRRORED_OP)
+    table, _ = encode_corpus(options, patterns, ("quality", *ops), (*names.values(), *turned.values()))
+    captions = _captions(options, table)
     kept = [number for number, each in enumerate(captions) if each]
     if not kept:
-        raise ValueError(f"no image of {' '.join(patterns)} has a caption; name their field with --caption_field")
+        raise ValueError(
+            f"no image of {' '.join(patterns)} has a caption; name their field with --caption_field, or make captions "
+            "of the metadata with --caption_template"
+        )
     if len(kept) < len(captions):
         logger.warning("%d images without captions are left out", len(captions) - len(kept))
-    table = table.take(pa.array(kept))
+        table = table.take(pa.array(kept))
     rows_of: dict[str, int] = {}
     rows = [[rows_of.setdefault(caption, len(rows_of)) for caption in captions[number]] for number in kept]
-    texts = encode_texts(options, list(rows_of))
-    return Pairs(matrix(table, "features"), matrix(table, "image_embedding"), rows, texts)
+    sentences = tuple(rows_of)
+    images = {name: _images_of(options, table, column) for name, column in names.items()}
+    mirrored = {name: _images_of(options, table, column) for name, column in turned.items()}
+    if options.mirrored and sees_pixels:
+        mirrored = {"pixels": images["pixels"][..., ::-1]}
+    return CaptionedImages(images, rows, sentences, _texts_of(options, sentences), mirrored)
+
+
+def _captions(options: TrainOptions, table: pa.Table) -> list[list[str]]:
+    """Of each image: its own captions, or those that the template makes of its metadata."""
+    own = [list(dict.fromkeys(each or ())) for each in table.column("source_captions").to_pylist()]
+    if options.caption_template is None:
+        return own
+    template = CaptionTemplate.read(options.caption_template)
+    metadata = table.column("source_metadata").to_pylist()
+    return [each or template.captions(meta) for each, meta in zip(own, metadata, strict=True)]
+
+
+def _input_name(column: str) -> str:
+    return "embedding" if column == "image_embedding" else column
+
+
+def _images_of(options: TrainOptions, table: pa.Table, column: str) -> np.ndarray:
+    if column not in ("grid", "mirrored_grid", "pixels"):
+        return matrix(table, column)
+    joined = table.column(column).combine_chunks()
+    if column == "pixels":
+        size = round((len(joined[0].as_py()) / 3) ** 0.5)
+        return np.frombuffer(joined.buffers()[2], np.uint8).reshape(len(joined), 3, size, size)
+    grid_dim = load_image_backbone(options.model).grid_dim
+    return np.frombuffer(joined.buffers()[2], np.float16).reshape(len(joined), -1, grid_dim)
+
+
+def _texts_of(options: TrainOptions, sentences: Sequence[str]) -> Mapping[str, np.ndarray]:
+    if options.kind == "captioner":
+        return {}
+    if "text" in options.finetune:
+        return load_tokenizer(options.text_model)(sentences)
+    return {"vectors": encode_texts(options, sentences)}
 
 
 def encode_texts(options: TrainOptions, texts: Sequence[str]) -> np.ndarray:
     """float32[m, d] of the texts, from the cache where the same texts were encoded before."""
-    info = describe_model(options.model)
+    info = describe_model(options.text_model)
     key = hashlib.sha256("\0".join((info.name, *texts)).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
     def make(path: Path) -> None:
-        model = load_text_model(options.model, options.device)
+        model = load_text_model(options.text_model, options.device)
         chunks = [texts[start : start + _TEXTS_PER_CALL] for start in range(0, len(texts), _TEXTS_PER_CALL)]
         with ThreadPoolExecutor(options.num_workers) as pool:
             encoded = tqdm(
@@ -109,6 +325,116 @@ def encode_texts(options: TrainOptions, texts: Sequence[str]) -> np.ndarray:
             np.save(path, np.concatenate(list(encoded)))
 
     return np.load(cached_file(f"texts-{key}.npy", make))
+
+
+def _backbones(options: TrainOptions) -> tuple[Any, Any]:
+    """The torch modules of the sides that are fine-tuned."""
+    image = load_image_backbone(options.model) if "image" in options.finetune else None
+    text = load_text_backbone(options.text_model) if "text" in options.finetune else None
+    return image, text
+
+
+def _finetuned(trained: Any) -> dict[str, torch.nn.Module]:
+    names = ("image_backbone", "text_backbone")
+    return {name: getattr(trained, name) for name in names if getattr(trained, name, None) is not None}
+
+
+def _image_dims(options: TrainOptions, data: CaptionedImages) -> dict[str, int]:
+    """Width of what the image side gives; 0 for what it does not."""
+    if "pixels" in data.images:
+        backbone = load_image_backbone(options.model)
+        return {"features": backbone.feature_dim, "grid": backbone.grid_dim, "embedding": backbone.embedding_dim}
+    return {
+        name: data.images[name].shape[-1] if name in data.images else 0 for name in ("features", "grid", "embedding")
+    }
+
+
+def _text_dim(options: TrainOptions, data: CaptionedImages) -> int:
+    if "vectors" in data.texts:
+        return data.texts["vectors"].shape[1]
+    return load_text_backbone(options.text_model).text_dim
+
+
+def _pseudo_images(options: TrainOptions, data: CaptionedImages) -> PseudoImages | None:
+    if not options.pseudo_weight:
+        return None
+    backbone: Any = None if "features" not in data.images else load_image_backbone(options.model)
+    if backbone is None or not hasattr(backbone, "class_weights"):
+        raise ValueError(
+            f"--pseudo_weight {options.pseudo_weight} needs a frozen model with a classifier, which {options.model!r} is "
+            "not; leave the flag out"
+        )
+    return make_pseudo_images(data.images["features"], backbone, load_text_model(options.text_model, options.device))
+
+
+def _writer(options: TrainOptions, data: CaptionedImages, backbone: Any, device: str) -> Any:
+    """The language model that --writer and --language_model name."""
+    if options.writer == "vision-encoder-decoder":
+        from vlm_ops.models.language_model import load_vision_encoder_decoder
+
+        return load_vision_encoder_decoder(options.model, options.language_model)
+    dims = _image_dims(options, data)
+    num_cells = data.images["grid"].shape[1] if backbone is None else _num_cells(backbone)
+    if options.writer == "cross-attention":
+        from vlm_ops.models.language_model import CrossAttentionConfig, CrossAttentionWriter, load_language_model
+
+        assert options.language_model is not None
+        shapes = CrossAttentionConfig(dims["features"], dims["grid"], dims["embedding"], num_cells)
+        writer: Any = CrossAttentionWriter(shapes, *load_language_model(options.language_model))
+    else:
+        writer = _compact_writer(options, data, dims, num_cells)
+    writer.standardise_by(features_at_the_start(data, backbone, device))
+    return writer
+
+
+def _started(options: TrainOptions, writer: Any) -> Any:
+    """The writer, with the weights of --start."""
+    if options.start is None:
+        return writer
+    directory = ModelDirectory(Path(options.start).expanduser())
+    try:
+        return directory.fill(writer, "writer")
+    except RuntimeError as error:
+        raise ValueError(
+            f"--start {options.start} holds a captioner of other shapes or words; train with the flags and the data that it "
+            "was trained with"
+        ) from error
+
+
+def _compact_writer(options: TrainOptions, data: CaptionedImages, dims: Mapping[str, int], num_cells: int) -> Any:
+    from vlm_ops.training.captioner import words_of
+
+    class_names = load_image_backbone(options.model).class_names if options.pseudo_weight else ()  # type: ignore[attr-defined]
+    words = words_of(data, options.min_word_count, class_names)
+    if not words:
+        raise ValueError(f"no word stands {options.min_word_count} times in the captions; lower --min_word_count")
+    shapes = DecoderConfig(
+        dims["features"], dims["grid"], dims["embedding"], num_cells, words, width=options.hidden_dim,
+        dropout=options.dropout,
+    )  # fmt: skip
+    writer = CaptionDecoder(shapes)
+    if describe_model(options.model).encodes_text:
+        writer.begin_with(load_text_model(options.model, options.device).encode_texts(words))
+    return writer
+
+
+def _num_cells(backbone: Any) -> int:
+    size = backbone.preprocessing.size
+    with torch.inference_mode():
+        return backbone(torch.zeros(1, 3, size, size, dtype=torch.uint8))["grid"].shape[1]
+
+
+def _dtype(name: str, device: str) -> str:
+    """`auto`: bfloat16 where the processor computes in it, float32 elsewhere."""
+    if name != "auto":
+        return name
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_units() else "float32"
+
+
+def _has_bfloat16_units() -> bool:
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 if __name__ == "__main__":

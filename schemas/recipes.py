@@ -10,7 +10,7 @@ from schemas.samples import to_json
 # Raised when a column changes its meaning, so that older rows are computed anew.
 SCHEMA_VERSION = 1
 
-DEFAULT_OPS = ("quality", "features", "labels", "embedding")
+DEFAULT_OPS = ("quality", "features", "labels", "caption", "embedding")
 DEFAULT_MODEL = "compact"
 DEFAULT_MAX_IMAGE_BYTES = 100_000_000
 DEFAULT_MAX_IMAGE_PIXELS = 200_000_000

@@ -7,24 +7,27 @@ holds a purely magenta picture, as a real model may fail on a poisonous image.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from schemas.tables import column
-from vlm_ops.models import ImageEncoding, ModelInfo
+from vlm_ops.models import Caption, ImageEncoding, ModelInfo
 from vlm_ops.ops import ImageBatch
 from vlm_ops.preprocessing import THUMBNAIL, Preprocessing
 
 MAGENTA = (255, 0, 255)
+NAMES = ("red", "green", "blue")
+PREPROCESSING = Preprocessing(size=8, fit="cover", crop_fraction=0.5)
 
 
 def describe(spec: str) -> ModelInfo:
-    return ModelInfo(spec, "1", frozenset({"features", "labels", "embedding", "caption"}))
+    return ModelInfo(spec, "1", frozenset({"features", "grid", "labels", "embedding", "caption", "match"}))
 
 
-def load_image_model(spec: str, device: str) -> ToyImageModel:
+def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> ToyImageModel:
     return ToyImageModel(describe(spec))
 
 
@@ -32,9 +35,23 @@ def load_text_model(spec: str, device: str) -> ToyTextModel:
     return ToyTextModel(describe(spec))
 
 
+def load_image_backbone(spec: str) -> ToyImageBackbone:
+    return ToyImageBackbone()
+
+
+def load_text_backbone(spec: str) -> ToyTextBackbone:
+    return ToyTextBackbone()
+
+
+def load_tokenizer(spec: str):
+    return tokenize
+
+
 class ToyImageModel:
-    preprocessing = Preprocessing(size=8, fit="cover", crop_fraction=0.5)
-    label_names = ("red", "green", "blue")
+    """Features are the mean colour, the grid that of the four quarters."""
+
+    preprocessing = PREPROCESSING
+    label_names = NAMES
 
     def __init__(self, info: ModelInfo) -> None:
         self.info = info
@@ -42,16 +59,19 @@ class ToyImageModel:
 
     def encode_images(self, pixels: np.ndarray) -> ImageEncoding:
         self.num_calls += 1
-        mean = pixels.reshape(len(pixels), 3, 64).mean(axis=2).astype(np.float32)
-        if (np.abs(mean - MAGENTA) < 3).all(axis=1).any():
+        made = {name: values.numpy() for name, values in ToyImageBackbone()(torch.from_numpy(pixels.copy())).items()}
+        if (np.abs(made["features"] - MAGENTA) < 3).all(axis=1).any():
             raise RuntimeError("magenta is poison")
-        total = (mean + 1).sum(axis=1, keepdims=True)
-        probabilities = (mean + 1) / total
-        norm = np.linalg.norm(probabilities, axis=1, keepdims=True)
-        captions = [f"a {self.label_names[row.argmax()]} picture" for row in probabilities]
-        return ImageEncoding(
-            mean, probabilities, probabilities / norm, captions, probabilities.max(axis=1, initial=0.0)
-        )
+        captions = [
+            Caption(f"a {NAMES[row.argmax()]} picture", "generated", float(row.max())) for row in made["labels"]
+        ]
+        return ImageEncoding(made["features"], made["grid"], made["labels"], made["embedding"], captions)
+
+    def match(self, encoding: ImageEncoding, rows: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+        """1 where the text names the strongest colour, else 0."""
+        assert encoding.features is not None
+        best = encoding.features[list(rows)].argmax(axis=1) if len(texts) else []
+        return np.array([float(NAMES[label] in text) for label, text in zip(best, texts, strict=True)], np.float32)
 
 
 class ToyTextModel:
@@ -59,12 +79,41 @@ class ToyTextModel:
         self.info = info
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        vectors = np.empty((len(texts), 3), np.float32)
-        for i, text in enumerate(texts):
-            words = [float(name in text) for name in ToyImageModel.label_names]
-            spread = list(hashlib.sha256(text.encode()).digest()[:3])
-            vectors[i] = words if any(words) else spread
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        tokens = tokenize(texts)
+        return ToyTextBackbone()(torch.from_numpy(tokens["ids"]), torch.from_numpy(tokens["mask"])).numpy()
+
+
+class ToyImageBackbone(torch.nn.Module):
+    preprocessing = PREPROCESSING
+    feature_dim, grid_dim, embedding_dim = 3, 3, 3
+    class_names = NAMES
+    class_weights = torch.eye(3) * 2 - 1
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        values = pixels.float()
+        cells = values.unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))
+        features = values.mean((2, 3))
+        return {"features": features, "grid": cells.flatten(2).transpose(1, 2), **self.of_features(features)}
+
+    def of_features(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        labels = (features + 1) / (features + 1).sum(1, keepdim=True)
+        return {"labels": labels, "embedding": torch.nn.functional.normalize(labels, dim=1)}
+
+
+class ToyTextBackbone(torch.nn.Module):
+    text_dim = 3
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(ids.float() * mask, dim=1)
+
+
+def tokenize(texts: Sequence[str]) -> Mapping[str, np.ndarray]:
+    """Which colours a text names; where it names none, three numbers of its own."""
+    ids = np.empty((len(texts), 3), np.int64)
+    for i, text in enumerate(texts):
+        words = [int(name in text) for name in NAMES]
+        ids[i] = words if any(words) else list(hashlib.sha256(text.encode()).digest()[:3])
+    return {"ids": ids, "mask": np.ones_like(ids)}
 
 
 class BrightnessOp:

@@ -70,6 +70,19 @@ def top_k_accuracy(scores: np.ndarray, targets: np.ndarray, k: int) -> np.ndarra
     return (scores >= own[:, None]).sum(axis=1) <= k
 
 
+def area_under_curve(scores: np.ndarray, targets: np.ndarray) -> float:
+    """Area under the ROC curve: how often a matching pair scores above another one; ties count half.
+
+    Args:
+        scores: float[n].
+        targets: n times 0 or 1; both occur.
+    """
+    order = np.sort(scores[targets == 0])
+    positives = scores[targets == 1]
+    below, upto = np.searchsorted(order, positives, "left"), np.searchsorted(order, positives, "right")
+    return float((below + upto).mean() / (2 * len(order)))
+
+
 def bootstrap(
     values: np.ndarray,
     statistic: Callable[[np.ndarray], float],

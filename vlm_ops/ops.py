@@ -21,11 +21,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from schemas.recipes import OpSpec
+from schemas.recipes import DEFAULT_OPS, OpSpec
 from schemas.samples import Sample
 from schemas.tables import images_schema, op_columns
 from vlm_ops.images import ImageFacts
-from vlm_ops.models import ImageEncoding, ImageModel, describe_model, load_image_model
+from vlm_ops.models import ImageEncoding, ImageModel, MatchingModel, describe_model, load_image_model
 from vlm_ops.preprocessing import THUMBNAIL, Preprocessing
 
 NUM_LABELS = 5
@@ -154,12 +154,32 @@ class CaptionOp(_ModelOp):
     columns = op_columns("caption")
 
     def __call__(self, batch: ImageBatch) -> dict[str, pa.Array]:
-        encoding = batch.encoding(self.model)
-        assert encoding.captions is not None and encoding.caption_scores is not None
+        captions = batch.encoding(self.model).captions
+        assert captions is not None
         return {
-            "caption": pa.array(encoding.captions, pa.string()),
-            "caption_source": pa.array(["generated"] * len(batch), pa.string()),
-            "caption_score": pa.array(np.asarray(encoding.caption_scores, np.float32)),
+            "caption": pa.array([each.text for each in captions], pa.string()),
+            "caption_source": pa.array([each.source for each in captions], pa.string()),
+            "caption_score": pa.array([each.score for each in captions], pa.float32()),
+        }
+
+
+class CaptionMatchOp(_ModelOp):
+    """How well captions fit: those that came with the image, and the generated one where there is one."""
+
+    name = "caption_match"
+    capability = "match"
+    columns = op_columns("caption_match")
+
+    def __call__(self, batch: ImageBatch) -> dict[str, pa.Array]:
+        encoding = batch.encoding(self.model)
+        pairs = [(row, text) for row, sample in enumerate(batch.samples) for text in sample.captions]
+        generated = [(row, each.text) for row, each in enumerate(encoding.captions or ())]
+        rows, texts = [row for row, _ in pairs + generated], [text for _, text in pairs + generated]
+        scores = iter(cast(MatchingModel, self.model).match(encoding, rows, texts).tolist())
+        own = [[next(scores) for _ in sample.captions] for sample in batch.samples]
+        return {
+            "source_caption_match": pa.array(own, pa.list_(pa.float32())),
+            "caption_match": pa.array(list(scores) or [None] * len(batch), pa.float32()),
         }
 
 
@@ -173,7 +193,9 @@ class EmbeddingOp(_ModelOp):
         return {"image_embedding": vectors(batch.encoding(self.model).embeddings)}
 
 
-_OPS: dict[str, type[Any]] = {op.name: op for op in (QualityOp, FeaturesOp, LabelsOp, CaptionOp, EmbeddingOp)}
+_OPS: dict[str, type[Any]] = {
+    op.name: op for op in (QualityOp, FeaturesOp, LabelsOp, CaptionOp, EmbeddingOp, CaptionMatchOp)
+}
 
 
 def op_class(name: str) -> type[Any]:
@@ -191,6 +213,16 @@ def op_class(name: str) -> type[Any]:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot load op {name!r}: {error}") from error
+
+
+def default_ops(model_spec: str) -> tuple[str, ...]:
+    """The usual ops, as far as a model serves them.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    produces = describe_model(model_spec).produces
+    return tuple(name for name in DEFAULT_OPS if op_class(name).capability in {None, *produces})
 
 
 def plan_ops(names: Iterable[str], model_spec: str) -> tuple[OpSpec, ...]:
@@ -221,13 +253,18 @@ def load_ops(specs: Iterable[OpSpec], device: str = "auto") -> list[Op]:
     Raises:
         ValueError: The model that is installed here has another revision than the recipe's.
     """
+    specs = list(specs)
+    outputs: dict[str, set[str]] = {}
+    for spec in specs:
+        if spec.model is not None:
+            outputs.setdefault(spec.model, set()).add(str(op_class(spec.name).capability))
     models: dict[str, ImageModel] = {}
     ops: list[Op] = []
     for spec in specs:
         model = None
         if spec.model is not None:
             if spec.model not in models:
-                models[spec.model] = load_image_model(spec.model, device)
+                models[spec.model] = load_image_model(spec.model, device, frozenset(outputs[spec.model]))
             model = models[spec.model]
             if model.info.revision != spec.revision:
                 raise ValueError(

@@ -7,141 +7,132 @@ them, nor an equal caption of another image, is used as a negative.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from vlm_ops.metrics import recall_at, text_to_image_ranks
-from vlm_ops.models.heads import HeadsConfig, ImageHead, TextHead
-from vlm_ops.storage import replacing
+from vlm_ops.metrics import RECALL_AT, area_under_curve, image_to_text_ranks, recall_at, text_to_image_ranks
+from vlm_ops.models.dual_encoder import DualEncoder
+from vlm_ops.training.calibration import Calibration, calibrate
+from vlm_ops.training.data import CaptionedImages, caption_owners, features_at_the_start, labelled_pairs
+from vlm_ops.training.pseudo_images import PseudoImages
 
 _NEVER = -1e4  # a logit that is no candidate
 _MAX_SCALE = 100.0
-_WARM_UP = 0.05
+_CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Images with their captions, all encoded by the frozen base.
+class ContrastiveConfig:
+    """What is particular to this task.
 
     Attributes:
-        features: float32[n, feature_dim].
-        embeddings: float32[n, base_embedding_dim], the base's own image–text embeddings.
-        captions: For each image the rows of `texts` that are its captions, at least one; equal
-            captions share a row.
-        texts: float32[m, text_dim].
-    """
-
-    features: np.ndarray
-    embeddings: np.ndarray
-    captions: Sequence[Sequence[int]]
-    texts: np.ndarray
-
-    def __post_init__(self) -> None:
-        if not len(self.captions) or not all(len(each) for each in self.captions):
-            raise ValueError("every image needs a caption, and there must be an image")
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The recipe of a training.
-
-    Attributes:
-        num_epochs: Passes over the images.
-        batch_size: Images a step.
         captions_per_image: Captions of each image in a step, drawn at random.
-        learning_rate, weight_decay: Of AdamW; the rate warms up and follows a cosine.
         temperature: At the start; it is learnt.
-        hidden_dim, dropout: Of the image head.
-        seed: Same seed, same result on the same machine.
+        mixing: Weight of the loss on images and captions mixed in pairs; 0 leaves it out.
+        pseudo_weight: Of the loss on pseudo-images of the base's classes; 0 leaves them out.
+        pseudo_images: Of them in a step.
+        pseudo_noise: Added to them, in standard deviations of the features.
     """
 
-    num_epochs: int = 20
-    batch_size: int = 600
     captions_per_image: int = 2
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
     temperature: float = 0.05
-    hidden_dim: int = 1024
-    dropout: float = 0.5
-    seed: int = 0
+    mixing: float = 0.0
+    pseudo_weight: float = 0.0
+    pseudo_images: int = 300
+    pseudo_noise: float = 0.1
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """What an epoch came to: mean loss, and text-to-image R@10 on the validation pairs."""
+class DualEncoderTask:
+    """Trains a dual encoder; `metric` is text-to-image R@10 on the validation data."""
 
-    number: int
-    loss: float
-    recall_at_10: float
+    metric = "R@10"
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        data: CaptionedImages,
+        validation: CaptionedImages,
+        config: ContrastiveConfig,
+        device: str = "cpu",
+        pseudo: PseudoImages | None = None,
+    ) -> None:
+        self.module = _WithScale(model, config.temperature)
+        self.backbones = [each for each in (model.image_backbone, model.text_backbone) if each is not None]
+        self.identity: Mapping[str, Any] = {**asdict(config), "data": data.fingerprint}
+        self._data, self._validation, self._config, self._device = data, validation, config, device
+        self._pseudo = pseudo if config.pseudo_weight else None
+        labelled_pairs(validation)  # what cannot be measured says so before it is trained
+        model.image.standardise_by(features_at_the_start(data, model.image_backbone, device))
+
+    def num_images(self) -> int:
+        return len(self._data)
+
+    def loss(self, images: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        chosen = self._data.draw_captions(images, self._config.captions_per_image, rng)
+        owners = np.repeat(np.arange(len(images)), [len(each) for each in chosen])
+        rows = np.concatenate(chosen)
+        # Equal sentences are encoded once.
+        distinct, place = np.unique(rows, return_inverse=True)
+        model, device = self.module.model, self._device
+        inputs = self._data.drawn_inputs(images, rng, device)
+        image_vectors = model.project_images(inputs)
+        text_vectors = model.project_texts(self._data.text_inputs(distinct, device))[torch.from_numpy(place).to(device)]
+        scale = self.module.scale()
+        loss = contrastive_loss(
+            scale * image_vectors @ text_vectors.T,
+            torch.from_numpy(owners).to(device),
+            torch.from_numpy(rows).to(device),
+        )
+        if self._config.mixing:
+            mixed = _mixed_loss(model, inputs, text_vectors, owners, scale, rng)
+            loss = loss + self._config.mixing * mixed
+        if self._pseudo is not None:
+            loss = loss + self._config.pseudo_weight * self._pseudo_loss(self._pseudo, rng)
+        return loss
+
+    def _pseudo_loss(self, pseudo: PseudoImages, rng: np.random.Generator) -> torch.Tensor:
+        """Each of some classes against the others, by its sentence or by its bare name."""
+        chosen = rng.permutation(len(pseudo.names))[: self._config.pseudo_images]
+        inputs = pseudo.image_inputs(chosen, self._config.pseudo_noise, rng, self._device)
+        vectors = pseudo.sentence_vectors if rng.random() < 0.5 else pseudo.name_vectors
+        model = self.module.model
+        texts = model.text(torch.from_numpy(vectors[chosen]).to(self._device))
+        logits = self.module.scale() * model.image(inputs["features"], inputs.get("embedding")) @ texts.T
+        own = torch.arange(len(chosen), device=self._device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    def validate(self, module: Any) -> float:
+        similarity, owners = similarities(module.model, self._validation, self._device)
+        return recall_at(text_to_image_ranks(similarity, owners), 10)
+
+    def measure_crowding(self, model: DualEncoder) -> None:
+        """To be called once the heads are trained: from then on `encode_images` takes it off."""
+        with torch.inference_mode():
+            images, texts = _projections(model, self._data, self._device)
+            if self._pseudo is not None:
+                vectors = torch.from_numpy(self._pseudo.sentence_vectors).to(self._device)
+                texts = torch.cat([texts, model.text(vectors)])
+        # Outside of inference mode, for the bank becomes part of the module.
+        model.crowding.measure_by(images.clone(), texts.clone())
 
 
-@dataclass(frozen=True)
-class Trained:
-    image_head: ImageHead
-    text_head: TextHead
-    epochs: tuple[Epoch, ...]
+class _WithScale(nn.Module):
+    """A dual encoder with the logit scale of its training."""
 
+    def __init__(self, model: DualEncoder, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
 
-def train(
-    pairs: Pairs,
-    validation: Pairs,
-    config: TrainingConfig,
-    checkpoint: Path,
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-) -> Trained:
-    """Trains both heads; goes on from the checkpoint of a run that was killed.
-
-    Args:
-        checkpoint: Written after each epoch, whole or not at all.
-
-    Raises:
-        ValueError: The checkpoint is of another recipe or other data.
-    """
-    torch.manual_seed(config.seed)
-    shapes = heads_config(pairs, config)
-    image_head, text_head = ImageHead(shapes), TextHead(shapes)
-    image_head.standardise_by(torch.from_numpy(pairs.features))
-    log_scale = torch.nn.Parameter(torch.tensor(float(np.log(1 / config.temperature))))
-    optimizer = torch.optim.AdamW(
-        [*image_head.parameters(), *text_head.parameters(), log_scale],
-        lr=config.learning_rate, weight_decay=config.weight_decay,
-    )  # fmt: skip
-    steps = -(-len(pairs) // config.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=steps * config.num_epochs + 1, pct_start=_WARM_UP
-    )
-    parts = {"image": image_head, "text": text_head, "optimizer": optimizer, "schedule": schedule}
-    epochs = _resume(checkpoint, parts, log_scale, _identity(pairs, config))
-    for number in range(len(epochs), config.num_epochs):
-        image_head.train()
-        text_head.train()
-        losses = []
-        for images, texts, owners in _steps(pairs, config, number):
-            rows = torch.from_numpy(images)
-            image_vectors = image_head(torch.from_numpy(pairs.features)[rows], torch.from_numpy(pairs.embeddings)[rows])
-            text_vectors = text_head(torch.from_numpy(pairs.texts[texts]))
-            scale = log_scale.exp().clamp(max=_MAX_SCALE)
-            loss = contrastive_loss(
-                scale * image_vectors @ text_vectors.T, torch.from_numpy(owners), torch.from_numpy(texts)
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-        epochs.append(Epoch(number + 1, float(np.mean(losses)), validate(image_head, text_head, validation)))
-        _save(checkpoint, parts, log_scale, epochs, _identity(pairs, config))
-        on_epoch(epochs[-1])
-    return Trained(image_head.eval(), text_head.eval(), tuple(epochs))
+    def scale(self) -> torch.Tensor:
+        return self.log_scale.exp().clamp(max=_MAX_SCALE)
 
 
 def contrastive_loss(logits: torch.Tensor, owners: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
@@ -155,73 +146,83 @@ def contrastive_loss(logits: torch.Tensor, owners: torch.Tensor, texts: torch.Te
     Returns:
         The mean of the image-to-text and text-to-image cross-entropies.
     """
-    mine = owners[None, :] == torch.arange(len(logits))[:, None]
+    mine = owners[None, :] == torch.arange(len(logits), device=logits.device)[:, None]
     # A text that is also a caption of this image, standing here for another one, is no negative.
     equal = (mine.float() @ (texts[:, None] == texts[None, :]).float()) > 0
     masked = logits.masked_fill(equal & ~mine, _NEVER)
     text_to_image = F.cross_entropy(masked.T, owners)
     # One term a positive: it against all negatives, without the image's other positives.
     negatives = masked.masked_fill(mine, _NEVER).logsumexp(dim=1)
-    positives = logits[owners, torch.arange(len(owners))]
+    positives = logits[owners, torch.arange(len(owners), device=logits.device)]
     image_to_text = F.softplus(negatives[owners] - positives).mean()
     return (image_to_text + text_to_image) / 2
 
 
-def validate(image_head: ImageHead, text_head: TextHead, pairs: Pairs) -> float:
-    """Text-to-image R@10."""
-    image_head.eval()
-    text_head.eval()
+def _mixed_loss(
+    model: DualEncoder,
+    inputs: dict[str, torch.Tensor],
+    text_vectors: torch.Tensor,
+    owners: np.ndarray,
+    scale: torch.Tensor,
+    rng: np.random.Generator,
+) -> torch.Tensor:
+    """InfoNCE of images mixed in pairs against captions mixed alike (Zhang et al., "mixup", ICLR 2018): between
+    the few images of a small corpus, what lies between them is learnt too."""
+    first = np.unique(owners, return_index=True)[1]
+    last = np.append(first[1:], len(owners)) - 1
+    n, device = len(first), text_vectors.device
+    partner = rng.permutation(n)
+    share = torch.from_numpy(rng.uniform(0.25, 0.75, (n, 1)).astype(np.float32)).to(device)
+    mixed = {name: share * values + (1 - share) * values[partner] for name, values in inputs.items()}
+    texts = share * text_vectors[first] + (1 - share) * text_vectors[last[partner]]
+    logits = scale * model.project_images(mixed) @ F.normalize(texts, dim=1).T
+    own = torch.arange(n, device=device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def _projections(model: DualEncoder, data: CaptionedImages, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors of all images and of all sentences, as the loss compares them."""
+    images = [
+        model.project_images(data.image_inputs(slice(start, start + _CHUNK), device))
+        for start in range(0, len(data), _CHUNK)
+    ]
+    texts = [
+        model.project_texts(data.text_inputs(slice(start, start + _CHUNK), device))
+        for start in range(0, len(data.sentences), _CHUNK)
+    ]
+    return torch.cat(images), torch.cat(texts)
+
+
+def similarities(model: DualEncoder, data: CaptionedImages, device: str = "cpu") -> tuple[np.ndarray, np.ndarray]:
+    """(float32[num_captions, n] cosine of each caption with each image, int64[num_captions] its own image)."""
+    owners, rows = caption_owners(data)
     with torch.inference_mode():
-        images = image_head(torch.from_numpy(pairs.features), torch.from_numpy(pairs.embeddings))
-        texts = text_head(torch.from_numpy(pairs.texts))
-    owners = np.repeat(np.arange(len(pairs)), [len(each) for each in pairs.captions])
-    rows = np.concatenate([np.asarray(each) for each in pairs.captions])
-    return recall_at(text_to_image_ranks((texts[rows] @ images.T).numpy(), owners), 10)
+        images, texts = _projections(model, data, device)
+        scores = model.crowding.texts(texts) @ model.crowding.images(images).T
+    return scores.cpu().numpy()[rows], owners
 
 
-def heads_config(pairs: Pairs, config: TrainingConfig) -> HeadsConfig:
-    """Shapes of the heads for these pairs."""
-    return HeadsConfig(
-        pairs.features.shape[1], pairs.embeddings.shape[1], pairs.texts.shape[1], config.hidden_dim, config.dropout
-    )
+def calibrated(model: DualEncoder, data: CaptionedImages, device: str = "cpu") -> Calibration:
+    """Turns cosines into match probabilities: own captions against as many of other images."""
+    return calibrate(*_pair_scores(model, data, device))
 
 
-def _steps(pairs: Pairs, config: TrainingConfig, epoch: int) -> Any:
-    """(images int64[n], texts int64[m], owners int64[m]) of each step: rows of the pairs, and for
-    each text the position of its image in the step. The order depends on seed and epoch alone."""
-    rng = np.random.default_rng((config.seed, epoch))
-    order = rng.permutation(len(pairs))
-    for start in range(0, len(order), config.batch_size):
-        images = order[start : start + config.batch_size]
-        chosen = [rng.permutation(np.asarray(pairs.captions[image]))[: config.captions_per_image] for image in images]
-        owners = np.repeat(np.arange(len(images)), [len(each) for each in chosen])
-        yield images, np.concatenate(chosen), owners
+def retrieval_figures(model: DualEncoder, data: CaptionedImages, device: str = "cpu") -> dict[str, float]:
+    """Recall both ways, and how well own pairs and others are told apart."""
+    similarity, owners = similarities(model, data, device)
+    figures: dict[str, float] = {}
+    for name, ranks in (
+        ("text→image", text_to_image_ranks(similarity, owners)),
+        ("image→text", image_to_text_ranks(similarity, owners)),
+    ):
+        figures |= {f"{name} R@{k}": recall_at(ranks, k) for k in RECALL_AT}
+    return {**figures, "AUC": area_under_curve(*_pair_scores(model, data, device))}
 
 
-def _identity(pairs: Pairs, config: TrainingConfig) -> dict[str, Any]:
-    """What a checkpoint must have been made from, to be gone on from."""
-    return {**asdict(config), "num_images": len(pairs), "feature_sum": float(pairs.features.sum(dtype=np.float64))}
-
-
-def _save(
-    path: Path, parts: dict[str, Any], log_scale: torch.Tensor, epochs: Sequence[Epoch], identity: dict[str, Any]
-) -> None:
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"log_scale": log_scale.detach(), "random": torch.get_rng_state(), "identity": identity}
-    state["epochs"] = [asdict(epoch) for epoch in epochs]
-    with replacing(str(path)) as scratch:
-        torch.save(state, scratch)
-
-
-def _resume(path: Path, parts: dict[str, Any], log_scale: torch.Tensor, identity: dict[str, Any]) -> list[Epoch]:
-    if not path.is_file():
-        return []
-    state = torch.load(path, weights_only=True)
-    if state["identity"] != identity:
-        raise ValueError(f"{path} is the checkpoint of another training (other data or flags); remove it to start anew")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    with torch.no_grad():
-        log_scale.copy_(state["log_scale"])
-    torch.set_rng_state(state["random"])
-    return [Epoch(**epoch) for epoch in state["epochs"]]
+def _pair_scores(model: DualEncoder, data: CaptionedImages, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """(cosines, targets) of own captions and of as many others."""
+    similarity, _ = similarities(model, data, device)
+    images, sentences, targets = labelled_pairs(data)
+    caption_of = np.empty(len(data.sentences), np.int64)  # any of those with this sentence
+    caption_of[caption_owners(data)[1]] = np.arange(data.num_captions)
+    return similarity[caption_of[sentences], images], targets

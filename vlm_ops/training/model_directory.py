@@ -3,96 +3,116 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from vlm_ops.models.directory import CARD, CONFIG, CURVES, WEIGHTS
-from vlm_ops.models.heads import HeadsConfig
 from vlm_ops.storage import write_bytes
-from vlm_ops.training.dual_encoder import Epoch, Trained, TrainingConfig
+from vlm_ops.training.loop import Epoch
+
+_LIMITS = {
+    "dual-encoder": "It finds what the captions it has seen speak of. What the base model knew beyond them may be found less "
+    "well than before: measure both with `beamsight evaluate`.",
+    "captioner": "It tells of what its captions told. Away from their kind of picture it may see things that are not there: "
+    "look at its captions of yours, and measure with `beamsight evaluate captions`.",
+    "matcher": "Its probabilities hold for pairs like those it was trained on, half of which match.",
+}
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """Where a model comes from, for its card.
+class ModelCard:
+    """What the README of a model directory tells.
 
     Attributes:
-        base, base_revision: The frozen model below the heads.
+        kind: dual-encoder, captioner or matcher.
+        base: What it stands on, with revisions.
         inputs, validation: What it was trained on, and chosen on.
         num_images, num_captions: Of the training images.
+        metric: What the curves show, with its value in `epochs`.
+        figures: Measured on the validation data, by name.
+        recipe: Flags and their values.
+        licence: Sentences on the data's licence; empty where nothing was said.
         version: Of this program.
     """
 
+    kind: str
     base: str
-    base_revision: str
     inputs: tuple[str, ...]
     validation: tuple[str, ...]
     num_images: int
     num_captions: int
+    metric: str
+    epochs: tuple[Epoch, ...]
+    figures: Mapping[str, float]
+    recipe: Mapping[str, Any]
+    licence: str
     version: str
 
 
-def write_dual_encoder(
-    path: Path, trained: Trained, shapes: HeadsConfig, config: TrainingConfig, provenance: Provenance
-) -> None:
-    """Writes the directory; `config.json` comes last, so that a directory that has it is whole."""
+def write_model(path: Path, parts: Mapping[str, nn.Module], description: Mapping[str, Any], card: ModelCard) -> None:
+    """Writes the directory; `config.json` comes last, so that a directory that has it is whole.
+
+    Args:
+        parts: Modules by the name that their weights go under.
+        description: What loads the model, as JSON.
+    """
     path.mkdir(parents=True, exist_ok=True)
     weights = {
-        f"{side}.{name}": tensor.to(torch.float16).contiguous()
-        for side, head in (("image", trained.image_head), ("text", trained.text_head))
-        for name, tensor in head.state_dict().items()
+        f"{part}.{name}": (tensor.to(torch.float16) if tensor.is_floating_point() else tensor)
+        .cpu()
+        .contiguous()
+        .clone()
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
     }
     write_bytes(str(path / WEIGHTS), save(weights))
-    write_bytes(str(path / CURVES), curves(trained.epochs).encode())
-    write_bytes(str(path / CARD), model_card(trained.epochs, config, provenance).encode())
-    description = {
-        "kind": "dual-encoder",
-        "base": provenance.base,
-        "base_revision": provenance.base_revision,
-        "heads": asdict(shapes),
-        "training": asdict(config),
-    }
-    write_bytes(str(path / CONFIG), (json.dumps(description, indent=2) + "\n").encode())
+    write_bytes(str(path / CURVES), curves(card.epochs, card.metric).encode())
+    write_bytes(str(path / CARD), render_card(card).encode())
+    write_bytes(str(path / CONFIG), (json.dumps({"kind": card.kind, **description}, indent=2) + "\n").encode())
 
 
-def model_card(epochs: Sequence[Epoch], config: TrainingConfig, provenance: Provenance) -> str:
+def render_card(card: ModelCard) -> str:
     """The README of a model directory, in Markdown."""
-    last = epochs[-1]
-    recipe = "\n".join(f"| {name} | {value} |" for name, value in asdict(config).items())
-    return f"""# Dual encoder on {provenance.base}
+    figures = "\n".join(f"| {name} | {value:.3f} |" for name, value in card.figures.items())
+    recipe = "\n".join(f"| {name} | {value} |" for name, value in card.recipe.items())
+    licence = card.licence or "The licence of the weights follows from that of these data."
+    return f"""# {card.kind.capitalize()} on {card.base}
 
-Image and text heads that align the frozen model `{provenance.base}@{provenance.base_revision}`, trained by
-`beamsight train dual-encoder` {provenance.version}. Use it as `--model dir:PATH`.
+Trained by `beamsight train {card.kind}` {card.version}. Use it as `--model dir:PATH`.
 
-**Data.** {provenance.num_images} images with {provenance.num_captions} captions from {_names(provenance.inputs)};
-validated on {_names(provenance.validation)}. The licence of the weights follows from that of these data.
+**Data.** {card.num_images} images with {card.num_captions} captions from {_names(card.inputs)}; validated on {_names(card.validation)}.
+
+**Licence.** {licence}
 
 | measured on the validation data | |
 |---|---|
-| text→image R@10 | {last.recall_at_10:.3f} |
-| epochs | {last.number} |
+{figures}
 
-![loss and recall by epoch]({CURVES})
+![loss and {card.metric} by epoch]({CURVES})
 
 | recipe | |
 |---|---|
 {recipe}
 
-**Limits.** It finds what the captions it has seen speak of. What the base model knew beyond them, its class names for one, may be
-found less well than before: measure both with `beamsight evaluate`.
+**Limits.** {_LIMITS[card.kind]}
 """
 
 
-def curves(epochs: Sequence[Epoch]) -> str:
-    """Loss and validation recall by epoch, as SVG."""
+def curves(epochs: Sequence[Epoch], metric: str) -> str:
+    """Loss and validation metric by epoch, as SVG."""
     loss = [epoch.loss for epoch in epochs]
-    recall = [epoch.recall_at_10 for epoch in epochs]
-    panels = [_panel(0, "training loss", loss, max(loss)), _panel(330, "validation text→image R@10", recall, 1.0)]
+    scores = [epoch.score for epoch in epochs]
+    panels = [
+        _panel(0, "training loss", loss, max(loss)),
+        _panel(330, f"validation {metric}", scores, max(1.0, *scores) if len(scores) > 1 else max(1.0, scores[0])),
+    ]
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="650" height="230" font-family="sans-serif" font-size="12">{"".join(panels)}</svg>\n'
 
 

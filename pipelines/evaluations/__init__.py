@@ -1,0 +1,1 @@
+"""What `beamsight evaluate` can measure: one module a task, each with `measure(options) -> Evaluation`."""

@@ -1,0 +1,95 @@
+"""`beamsight evaluate matcher`: whether a model tells an image's own captions from those of others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipelines.corpora import encode_corpus, matrix, with_captions
+from pipelines.evaluations.report import Evaluation, Example, evaluation_of
+from pipelines.matching import load_matching_model, match_pairs, require_match
+from pipelines.options import EvaluateOptions
+from vlm_ops.metrics import Estimate, area_under_curve, bootstrap
+from vlm_ops.models import ImageEncoding, describe_model
+
+# What is kept of an image for the model to match: op, column and where an encoding holds it.
+_KEPT = (("features", "features", "features"), ("embedding", "image_embedding", "embeddings"))
+_SEED = 0
+
+
+def measure(options: EvaluateOptions) -> Evaluation:
+    """AUC, and accuracy at a probability of one half, on as many right pairs as wrong ones.
+
+    Of an encoding, the model's `match` may read features and embeddings, which are all that is kept of it.
+
+    Raises:
+        ValueError: The model cannot match, or no two images have different captions.
+        FileNotFoundError: A pattern matches nothing.
+    """
+    require_match(options.model)
+    kept = [each for each in _KEPT if each[0] in describe_model(options.model).produces]
+    columns = [column for _, column, _ in kept]
+    corpus, _ = encode_corpus(options, options.input, ("quality", *(op for op, _, _ in kept)), columns)
+    table = with_captions(corpus, options.input)
+    arrays: dict[str, Any] = {field: matrix(table, column) for _, column, field in kept}
+    rows = table.drop_columns(columns).to_pylist()
+    owners, others, texts = draw_pairs([row["source_captions"] for row in rows])
+    if not len(texts):
+        raise ValueError(
+            f"no two images of {' '.join(options.input)} have different captions, so there are no wrong pairs; give more"
+        )
+    model = load_matching_model(options.model, options.device)
+    images = np.concatenate([owners, others])
+    probabilities = match_pairs(model, ImageEncoding(**arrays), images, [*texts, *texts], options.num_workers)
+    # The pairs of one image's captions are no independent draws.
+    figures = _figures(probabilities, np.concatenate([owners, owners]))
+    right, wrong = np.split(probabilities, 2)
+    examples = {
+        "Wrong pairs that it believes": [
+            Example(rows[others[i]], f"{wrong[i]:.3f}: {texts[i]}") for i in np.argsort(-wrong, kind="stable")
+        ],
+        "Right pairs that it doubts": [
+            Example(rows[owners[i]], f"{right[i]:.3f}: {texts[i]}") for i in np.argsort(right, kind="stable")
+        ],
+    }
+    counts = {
+        "images": len(rows),
+        "right pairs": len(texts),
+        "wrong pairs": len(texts),
+        "images without captions": corpus.num_rows - len(rows),
+    }
+    return evaluation_of(options, counts, figures, examples)
+
+
+def _figures(probabilities: np.ndarray, groups: np.ndarray) -> dict[str, Estimate]:
+    """Of right pairs, and behind them as many wrong ones."""
+    pairs = np.stack([probabilities, np.repeat([1.0, 0.0], len(probabilities) // 2)], axis=1)
+    return {
+        "AUC": bootstrap(pairs, lambda each: area_under_curve(each[:, 0], each[:, 1]), groups),
+        "accuracy": bootstrap(pairs, lambda each: float(((each[:, 0] > 0.5) == (each[:, 1] == 1)).mean()), groups),
+    }
+
+
+def draw_pairs(captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+    """Each caption with its own image, and with another, drawn at random, that has no such caption.
+
+    Args:
+        captions: Those of each image. One that all images have is left out.
+
+    Returns:
+        The captions' own images, the others, and the captions.
+    """
+    rng = np.random.default_rng(_SEED)
+    pairs: list[tuple[int, int, str]] = []
+    for owner, own in enumerate(captions):
+        for text in own:
+            # From an image drawn at random, on to the next one that fits.
+            drawn = owner + int(rng.integers(1, max(len(captions), 2)))
+            candidates = ((drawn + step) % len(captions) for step in range(len(captions)))
+            other = next((image for image in candidates if text not in captions[image]), None)
+            if other is not None:
+                pairs.append((owner, other, text))
+    images = np.array([pair[:2] for pair in pairs], np.int64).reshape(-1, 2)
+    return images[:, 0], images[:, 1], [text for _, _, text in pairs]

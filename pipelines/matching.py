@@ -1,0 +1,54 @@
+"""Whether texts describe images, by a model that produces `match`: for `score` and `evaluate matcher`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import numpy as np
+from tqdm import tqdm
+
+from vlm_ops.models import ImageEncoding, MatchingModel, describe_model, load_image_model
+
+_PAIRS_PER_CALL = 512
+
+
+def require_match(spec: str) -> None:
+    """Raises:
+    ValueError: The model is unknown, or does not match images and texts.
+    """
+    produces = describe_model(spec).produces
+    if "match" not in produces:
+        raise ValueError(
+            f"model {spec!r} does not say whether a text describes an image; it produces: "
+            f"{', '.join(sorted(produces)) or 'nothing'}; name one that matches, such as 'compact'"
+        )
+
+
+def load_matching_model(spec: str, device: str) -> MatchingModel:
+    """Raises:
+    ValueError: As `require_match`, or the device is not there.
+    """
+    require_match(spec)
+    return cast(MatchingModel, load_image_model(spec, device, frozenset({"match"})))
+
+
+def match_pairs(
+    model: MatchingModel,
+    encoding: ImageEncoding,
+    rows: Sequence[int] | np.ndarray,
+    texts: Sequence[str],
+    num_threads: int,
+) -> np.ndarray:
+    """float32[m]: the probability that texts[i] describes image rows[i] of the encoding. Shows a bar on a terminal."""
+    starts = range(0, len(texts), _PAIRS_PER_CALL)
+
+    def match(start: int) -> np.ndarray:
+        chunk = slice(start, start + _PAIRS_PER_CALL)
+        return model.match(encoding, [int(row) for row in rows[chunk]], texts[chunk])
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        matched = tqdm(pool.map(match, starts), total=len(starts), desc="pairs", disable=not sys.stderr.isatty())
+        return np.concatenate([np.empty(0, np.float32), *matched])

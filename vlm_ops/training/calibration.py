@@ -1,0 +1,39 @@
+"""Scores -> probabilities (Platt, "Probabilistic Outputs for Support Vector Machines", 1999)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """probability = sigmoid(scale * score + bias), for as many matching as other pairs."""
+
+    scale: float
+    bias: float
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-(self.scale * np.asarray(scores, np.float64) + self.bias)))
+
+
+def calibrate(scores: np.ndarray, targets: np.ndarray) -> Calibration:
+    """Logistic regression of targets (0 or 1) on scores, by L-BFGS."""
+    x, y = torch.from_numpy(scores.astype(np.float64)), torch.from_numpy(targets.astype(np.float64))
+    mean, std = x.mean(), x.std() + 1e-9
+    weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        # Perfectly separable scores would want an infinite slope.
+        loss = F.binary_cross_entropy_with_logits(weight[0] * (x - mean) / std + weight[1], y) + 1e-3 * weight[0] ** 2
+        loss.backward()
+        return loss
+
+    optimizer.step(step)
+    scale, bias = weight.detach().tolist()
+    return Calibration(float(scale / std), float(bias - scale * mean / std))
