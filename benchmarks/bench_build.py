@@ -6,7 +6,7 @@ For each corpus: decode alone (read, decode, resize, for all ops), model alone (
 ready pixels), and `build` from the command line's entry to its last line, each with the same number of
 threads, in turn, several times; medians are printed. The bar is build >= 0.85 of what the
 cores allow, 1 / (1/decode + 1/model) a core. `build` also computes quality and labels, writes the
-table, commits it and makes the index; the fixed costs of a run (planning, loading the model, commit,
+table, commits it and makes the index; "without captions" leaves out the op `caption`; the fixed costs of a run (planning, loading the model, commit,
 index, report) are kept apart by building once and several copies of the corpus.
 """
 
@@ -23,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 COPIES = 5
 BIG_PHOTOS = 120
+WITHOUT_CAPTIONS = ("--ops", "quality,features,labels,embedding")
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def measure(name: str, shard: Path, threads: int, repeats: int, scratch: Path) -
     from vlm_ops.preprocessing import THUMBNAIL
     from vlm_ops.shards import ReadConfig, read_shard
 
-    model = load_image_model("compact", "cpu")
+    model = load_image_model("compact", "cpu", frozenset({"features", "labels", "embedding", "caption"}))
     config = ReadConfig(10**9)
     datas = [item.data for item in read_shard(ShardRef(str(shard), "tar", "", 0), config) if isinstance(item, Sample)]
 
@@ -78,15 +79,16 @@ def measure(name: str, shard: Path, threads: int, repeats: int, scratch: Path) -
     for number in range(COPIES):
         copies.append(str(scratch / f"copy{number}.tar"))
         shutil.copy(shard, copies[-1])
-    rates: dict[str, list[float]] = {"decode": [], "model": [], "build": [], "one copy": []}
+    rates: dict[str, list[float]] = {"decode": [], "model": [], "build": [], "without captions": [], "one copy": []}
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(repeats):
             rates["decode"].append(len(datas) / timed(lambda: list(pool.map(decode_one, datas))))
             rates["model"].append(len(datas) / timed(lambda: list(pool.map(model.encode_images, batches))))
-            once = timed(lambda: build([str(shard)], threads, scratch))
-            many = timed(lambda: build(copies, threads, scratch))
+            for key, flags in (("without captions", WITHOUT_CAPTIONS), ("build", ())):
+                once = timed(lambda flags=flags: build([str(shard)], threads, scratch, flags))  # type: ignore[misc]
+                many = timed(lambda flags=flags: build(copies, threads, scratch, flags))  # type: ignore[misc]
+                rates[key].append((COPIES - 1) * len(datas) / (many - once))
             rates["one copy"].append(len(datas) / once)
-            rates["build"].append((COPIES - 1) * len(datas) / (many - once))
     allowed = [1 / (1 / d + 1 / m) for d, m in zip(rates["decode"], rates["model"], strict=True)]
     ratios = [each / limit for each, limit in zip(rates["build"], allowed, strict=True)]
     median = {key: statistics.median(values) for key, values in rates.items()}
@@ -96,6 +98,10 @@ def measure(name: str, shard: Path, threads: int, repeats: int, scratch: Path) -
     print(f"  allowed        {statistics.median(allowed):8.1f} images/s   1 / (1/decode + 1/model)")
     print(
         f"  build          {median['build']:8.1f} images/s   {statistics.median(ratios):.2f} of allowed ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    shares = [each / plain for each, plain in zip(rates["build"], rates["without captions"], strict=True)]
+    print(
+        f"  without captions {median['without captions']:6.1f} images/s   build is {statistics.median(shares):.2f} of it ({min(shares):.2f} to {max(shares):.2f})"
     )
     print(f"  one copy       {median['one copy']:8.1f} images/s   with a run's fixed costs, imports apart", flush=True)
 
@@ -120,15 +126,15 @@ def build_in_this_process(inputs: list[str], threads: int) -> None:
     print(int(status.split("VmHWM:")[1].split()[0]) // 1024)
 
 
-def build(inputs: list[str], threads: int, scratch: Path) -> None:
+def build(inputs: list[str], threads: int, scratch: Path, flags: Sequence[str] = ()) -> None:
     from pipelines.cli import main as beamsight
 
     catalog = scratch / "catalog"
     shutil.rmtree(catalog, ignore_errors=True)
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        flags = ["--device", "cpu", "--num_workers", str(threads)]
-        code = beamsight(["build", "--input", *inputs, "--catalog", str(catalog), *flags])
+        fixed = ["--device", "cpu", "--num_workers", str(threads)]
+        code = beamsight(["build", "--input", *inputs, "--catalog", str(catalog), *fixed, *flags])
     assert code == 0, quiet.getvalue()
 
 

@@ -98,6 +98,8 @@ class TrainOptions(ReadingOptions):
     objective: str
     start: str | None
     num_beams: int
+    num_judged: int
+    label_margin: float
     min_word_count: int
     output: str
     epochs: int
@@ -283,8 +285,12 @@ def _add_training_models(group: argparse._ArgumentGroup) -> None:
     add("--language_model", metavar="SPEC", help="captioner: a causal language model, such as hf:gpt2")
     add("--start", metavar="DIR", help="captioner: begin with the weights of this model directory, of the same shapes")
     add("--hidden_dim", type=_positive_int, help="width of the trained network (default: by the kind)")
-    add("--num_beams", type=_positive_int, default=5,
+    add("--num_beams", type=_positive_int, default=3,
         help="captioner: sentences that its search follows when it is used (default: %(default)s)")  # fmt: skip
+    add("--num_judged", type=_positive_int, default=2,
+        help="captioner: how many of them the model below chooses from, where it aligns images and texts (default: %(default)s)")  # fmt: skip
+    add("--label_margin", type=float, default=0.0,
+        help="captioner: by how much \"a photo of a CLASS\" must fit better than they do, to be chosen (default: %(default)s)")  # fmt: skip
     add("--min_word_count", type=_positive_int, default=5,
         help="captioner: rarer words are left out of the small decoder's vocabulary (default: %(default)s)")  # fmt: skip
 

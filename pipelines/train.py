@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _TEXTS_PER_CALL = 1024
 _CHECKPOINT = "checkpoint.pt"
+_LOG_SEC = 30  # between log lines where there is no terminal
 # Flags that decide what a training of each kind comes to, besides those of its recipe.
 _FLAGS = {
     "dual-encoder": ("hidden_dim", "dropout", "mirrored"),
@@ -143,10 +145,18 @@ def _fit(
 ) -> tuple[torch.nn.Module, tuple[Epoch, ...]]:
     """Trains with a bar that shows steps, loss and metric; on no terminal, a line an epoch."""
     with tqdm(unit="step", desc="train", disable=not sys.stderr.isatty()) as bar:
+        started = told = time.monotonic()
+        first: int | None = None
 
         def on_step(step: int, num_steps: int) -> None:
+            nonlocal told, first
             bar.total = num_steps
             bar.update(step - bar.n)
+            first = step if first is None else first
+            if bar.disable and time.monotonic() - told > _LOG_SEC:
+                told = time.monotonic()
+                left = (told - started) / (step - first + 1) * (num_steps - step)
+                logger.info("step %d of %d, time left %d s", step, num_steps, left)
 
         def on_epoch(epoch: Epoch) -> None:
             bar.set_postfix_str(f"loss {epoch.loss:.3f}, validation {task.metric} {epoch.score:.3f}")
@@ -206,7 +216,13 @@ def train_captioner(options: TrainOptions, data: CaptionedImages, validation: Ca
 
     def finish(trained: Any) -> tuple[dict[str, torch.nn.Module], dict[str, Any], dict[str, float]]:
         save_writer_files(trained.writer, Path(options.output).expanduser())
-        description = {"writer": describe_writer(trained.writer), "reads": reads, "num_beams": options.num_beams}
+        description = {
+            "writer": describe_writer(trained.writer),
+            "reads": reads,
+            "num_beams": options.num_beams,
+            "num_judged": options.num_judged,
+            "label_margin": options.label_margin,
+        }
         parts = {"writer": trained.writer, **_finetuned(trained)}
         return parts, description, captioning_figures(trained, validation, options.num_beams, device)
 

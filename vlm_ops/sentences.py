@@ -50,6 +50,6 @@ class CaptionTemplate:
         values = json.loads(metadata or "{}")
         try:
             rendered = self._template.render(values)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, ArithmeticError, TypeError, ValueError) as error:
             raise ValueError(f"{self.name} fails on metadata {metadata}: {error}") from error
         return list(dict.fromkeys(line for line in (" ".join(each.split()) for each in rendered.splitlines()) if line))

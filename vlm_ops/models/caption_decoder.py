@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -65,6 +65,10 @@ class Vocabulary:
 def split_words(caption: str) -> list[str]:
     """Lower-case words of a caption, without its punctuation; "man 's", as tokenizers leave it, is one word."""
     return _WORD.findall(_PARTED.sub("'s", caption.lower()))
+
+
+# (past, last words, position) -> (log-probabilities of the next word, past with the last words)
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -189,12 +193,75 @@ class CaptionDecoder(nn.Module):
         padded = [[row + [v.PAD] * (longest - len(row)) for row in texts] for texts in rows]
         return torch.tensor(padded, device=self.bias.device)
 
+    def read(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Keys and values of the images, layer by layer: float32[n, 2 * layers, heads, m, width / heads]."""
+        memory = self.memory(inputs)
+        return torch.stack([values for block in self.blocks for values in block.read(memory)], dim=1)
+
+    def step(
+        self, read: torch.Tensor, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next word after each sentence's last one.
+
+        Args:
+            read: From `read`.
+            past: Keys and values of the words before, float32[n, c, 2 * layers, heads, t, width / heads].
+            words: int64[n, c], the last words.
+            position: int64[1], where they stand.
+
+        Returns:
+            Log-probabilities float32[n, c, vocabulary], and the past with these words.
+        """
+        hidden = self.embedding(words)[:, :, None] + self.position[position]
+        grown = []
+        for number, block in enumerate(self.blocks):
+            keys, values = 2 * number, 2 * number + 1
+            hidden, kept = block(hidden, (read[:, keys], read[:, values]), (past[:, :, keys], past[:, :, values]))
+            grown += kept
+        return F.log_softmax(self._logits(hidden)[:, :, 0].float(), dim=-1), torch.stack(grown, dim=2)
+
     @torch.inference_mode()
     def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int = 5) -> list[list[Hypothesis]]:
         """The `num_beams` best sentences of each image, best first. One beam is greedy decoding."""
-        if not len(inputs["features"]):
+        read = self.read(inputs)
+        return self.search(lambda *state: self.step(read, *state), len(inputs["features"]), num_beams)
+
+    def search(self, step: Step, num_images: int, num_beams: int) -> list[list[Hypothesis]]:
+        """Beam search over all images at once. A sentence that has ended stays in its beam, and competes by its score with
+        those that go on.
+
+        Args:
+            step: (past, words, position) -> (log-probabilities, past), as `self.step` of what was read.
+        """
+        if not num_images:
             return []
-        ids, scores = self._search(self.memory(inputs), num_beams)
+        config, v, device = self.config, self.vocabulary, self.bias.device
+        past = self._no_past(num_images, 1)
+        words = torch.full((num_images, 1, 1), v.BEGIN, device=device)
+        totals, lengths = torch.zeros(num_images, 1, device=device), torch.zeros(num_images, 1, device=device)
+        for position in range(config.max_words + 1):
+            log_probs, past = step(past, words[:, :, -1], torch.tensor([position], device=device))
+            log_probs[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
+            if position == config.max_words:  # no room for another word
+                log_probs[:, :, v.END + 1 :] = -torch.inf
+            ended = (words[:, :, -1] == v.END) & (position > 0)
+            log_probs[ended] = -torch.inf
+            log_probs[..., v.END][ended] = 0.0
+            beams, chosen, totals, lengths = _best(totals, lengths, log_probs, ended, num_beams)
+            words = torch.cat([_pick(words, beams), chosen[:, :, None]], dim=2)
+            if bool((chosen == v.END).all()):
+                break
+            past = _pick(past, beams)
+        return self._sentences(words[:, :, 1:], totals / lengths**_LENGTH_POWER)
+
+    def _no_past(self, num_images: int, count: int) -> torch.Tensor:
+        config = self.config
+        width = config.width // config.num_heads
+        shape = (num_images, count, 2 * config.decoder_layers, config.num_heads, 0, width)
+        return torch.zeros(shape, device=self.bias.device)
+
+    def _sentences(self, ids: torch.Tensor, scores: torch.Tensor) -> list[list[Hypothesis]]:
+        """Words int64[n, c, t] and scores float32[n, c], best first."""
         return [
             [
                 Hypothesis(self.vocabulary.decode(row), score)
@@ -208,17 +275,14 @@ class CaptionDecoder(nn.Module):
     def sample(self, inputs: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
         """`count` sentences an image, each word drawn by its probability: int64[n, count, t] with begin and end,
         padded."""
-        memory, v = self.memory(inputs), self.vocabulary
-        read = [block.read(memory) for block in self.blocks]
-        past: list[_Past | None] = [None] * len(self.blocks)
-        words = memory.new_full((len(memory), count, 1), v.BEGIN, dtype=torch.long)
-        for step in range(self.config.max_words):
-            hidden = self.embedding(words[:, :, -1:]) + self.position[step]
-            for number, block in enumerate(self.blocks):
-                hidden, past[number] = block(hidden, read[number], past[number])
-            logits = self._logits(hidden)[:, :, 0].float()
-            logits[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
-            drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1).view(len(memory), count)
+        read, v = self.read(inputs), self.vocabulary
+        n = len(read)
+        past = self._no_past(n, count)
+        words = torch.full((n, count, 1), v.BEGIN, device=self.bias.device)
+        for position in range(self.config.max_words):
+            log_probs, past = self.step(read, past, words[:, :, -1], words.new_tensor([position]))
+            log_probs[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
+            drawn = torch.multinomial(log_probs.softmax(-1).flatten(0, 1), 1).view(n, count)
             has_ended = (words == v.END).any(dim=2)
             words = torch.cat([words, drawn.masked_fill(has_ended, v.PAD)[:, :, None]], dim=2)
             if bool((words == v.END).any(dim=2).all()):
@@ -234,42 +298,8 @@ class CaptionDecoder(nn.Module):
         log_probs = -F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(targets.shape)
         return (log_probs * (targets != Vocabulary.PAD)).sum(2)
 
-    def _search(self, memory: torch.Tensor, num_beams: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Beam search over all images at once, with the keys and values of earlier words kept.
-
-        A sentence that has ended stays in its beam, and competes by its score with those that go on.
-
-        Returns:
-            Words int64[n, num_beams, t] and length-normalised log-probabilities float32[n, num_beams], best first.
-        """
-        n, v = len(memory), self.vocabulary
-        read = [block.read(memory) for block in self.blocks]
-        past: list[_Past | None] = [None] * len(self.blocks)
-        words = memory.new_full((n, 1, 1), v.BEGIN, dtype=torch.long)
-        totals, lengths = memory.new_zeros(n, 1), memory.new_zeros(n, 1)
-        for step in range(self.config.max_words + 1):
-            hidden = self.embedding(words[:, :, -1:]) + self.position[step]
-            for number, block in enumerate(self.blocks):
-                hidden, past[number] = block(hidden, read[number], past[number])
-            log_probs = F.log_softmax(self._logits(hidden)[:, :, 0], dim=-1)
-            log_probs[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
-            if step == self.config.max_words:  # no room for another word
-                log_probs[:, :, v.END + 1 :] = -torch.inf
-            ended = (words[:, :, -1] == v.END) & (step > 0)
-            log_probs[ended] = -torch.inf
-            log_probs[..., v.END][ended] = 0.0
-            beams, chosen, totals, lengths = _best(totals, lengths, log_probs, ended, num_beams)
-            words = torch.cat([_pick(words, beams), chosen[:, :, None]], dim=2)
-            if bool((chosen == v.END).all()):
-                break
-            past = [(_pick(each[0], beams), _pick(each[1], beams)) for each in past if each is not None]
-        return words[:, :, 1:], totals / lengths**_LENGTH_POWER
-
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(self.norm(hidden), self.embedding.weight, self.bias)
-
-
-_Past = tuple[torch.Tensor, torch.Tensor]  # keys and values of earlier words, float32[n, c, heads, t, width / heads]
 
 
 class _Block(nn.Module):
@@ -288,21 +318,25 @@ class _Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def read(self, memory: torch.Tensor) -> _Past:
+    def read(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Keys and values of the memory: float32[n, heads, m, width / heads] each."""
         keys, values = self.key_value(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return keys, values
 
-    def forward(self, hidden: torch.Tensor, read: _Past, past: _Past | None) -> tuple[torch.Tensor, _Past]:
-        """hidden: float32[n, c, t, width]; with `past`, t is 1 and the words before it are in there."""
+    def forward(
+        self, hidden: torch.Tensor, read: tuple[torch.Tensor, ...], past: tuple[torch.Tensor, ...] | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """hidden: float32[n, c, t, width]; with `past`, keys and values of earlier words, t is 1."""
         n, c, t, width = hidden.shape
         q, k, v = self.qkv(self.norms[0](hidden)).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=3), torch.cat([past[1], v], dim=3)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=past is None and t > 1)
-        hidden = hidden + self.dropout(self.self_out(attended.transpose(2, 3).flatten(3)))
+        attended = F.scaled_dot_product_attention(
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), is_causal=past is None and t > 1
+        )
+        hidden = hidden + self.dropout(self.self_out(attended.transpose(1, 2).reshape(n, c, t, width)))
         q = self.query(self.norms[1](hidden)).reshape(n, c * t, self.num_heads, -1).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q, *read)
+        attended = F.scaled_dot_product_attention(q, read[0], read[1])
         hidden = hidden + self.dropout(self.cross_out(attended.transpose(1, 2).reshape(n, c, t, width)))
         return hidden + self.dropout(self.down(F.gelu(self.up(self.norms[2](hidden))))), (k, v)
 

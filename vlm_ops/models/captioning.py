@@ -20,10 +20,9 @@ from vlm_ops.models.aligned import CosineMatcher, load_image_below, load_text_be
 from vlm_ops.models.captioner import Hypothesis
 from vlm_ops.models.directory import ModelDirectory
 from vlm_ops.models.onnx_engine import cached_file
-from vlm_ops.models.writers import writer_from
+from vlm_ops.models.writers import load_writer
 from vlm_ops.sentences import class_sentence
 
-_DEFAULT_BEAMS = 5
 _LABELS = 3  # of the likeliest classes, how many speak
 _FIELDS = {"features": "features", "grid": "grid", "embedding": "embeddings"}
 
@@ -43,20 +42,20 @@ def load_text_model(directory: ModelDirectory, info: ModelInfo, device: str) -> 
 
 
 class CaptioningImageModel:
-    """The base's encodings, with captions. The writer runs through torch."""
+    """The base's encodings, with captions."""
 
     def __init__(self, directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> None:
         import torch
 
         self.info = info
-        self._writer = directory.fill(writer_from(directory.config["writer"], directory.path), "writer").to(device)
+        self._writer = load_writer(directory, device)
         self._reads = tuple(directory.config["reads"])  # of the encoding; nothing where it sees the pixels
         needed = {*self._reads, *({"match", "labels", "embedding"} & produced_below(directory))}
         self._outputs = outputs
         self._base = load_image_below(directory, info, device, (outputs - {"caption"}) | needed)
         self.preprocessing = self._base.preprocessing
         self.label_names = self._base.label_names
-        self._num_beams = directory.config.get("num_beams", _DEFAULT_BEAMS)
+        self._num_beams = directory.config["num_beams"]
         self._judge = _Judge(self._base, directory) if isinstance(self._base, CosineMatcher) else None
         self._torch, self._device = torch, device
         # One batch at a time on a GPU: other threads decode meanwhile. On a CPU each thread uses its own core.
@@ -90,20 +89,23 @@ class _Judge:
 
     def __init__(self, base: CosineMatcher, directory: ModelDirectory) -> None:
         self._base = base
-        self._margin = directory.config.get("label_margin", 0.0)
+        self._margin = directory.config["label_margin"]
+        self._num_judged = directory.config["num_judged"]
         self._sentences = [class_sentence(name) for name in base.label_names]
         self._vectors = _vectors_of(base, directory.base, self._sentences) if self._sentences else None
 
     def __call__(self, encoding: ImageEncoding, written: Sequence[Sequence[Hypothesis]]) -> list[Caption]:
-        texts = [each.text for hypotheses in written for each in hypotheses]
-        rows = [row for row, hypotheses in enumerate(written) for _ in hypotheses]
+        # Encoding a sentence costs as much as writing it, so the last beams are not asked.
+        asked = [hypotheses[: self._num_judged] for hypotheses in written]
+        texts = [each.text for hypotheses in asked for each in hypotheses]
+        rows = [row for row, hypotheses in enumerate(asked) for _ in hypotheses]
         cosines = self._base.cosines(encoding, rows, texts)
         captions = []
-        for row, hypotheses in enumerate(written):
-            own = [i for i, each in enumerate(rows) if each == row]
-            best = max(own, key=lambda i: cosines[i])
+        end = 0
+        for row, hypotheses in enumerate(asked):
+            start, end = end, end + len(hypotheses)
+            best = max(range(start, end), key=lambda i: cosines[i])
             label = self._best_label(encoding, row)
-            assert len(own) == len(hypotheses)
             if label is not None and label[1] - self._margin > cosines[best]:
                 captions.append(Caption(self._sentences[label[0]], "labels", self._score(label[1])))
             else:

@@ -1,4 +1,4 @@
-"""The writers a captioner can have: how each is described in a model directory, and made again from that."""
+"""The writers a captioner can have: how each is described in a model directory, made again from that, and run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig
+from vlm_ops.models.directory import ModelDirectory
 
 COMPACT = "compact"
 
@@ -41,3 +42,13 @@ def writer_from(description: Mapping[str, Any], path: Path) -> Any:
     from vlm_ops.models import language_model
 
     return language_model.writer_from(dict(description), path)
+
+
+def load_writer(directory: ModelDirectory, device: str) -> Any:
+    """A captioner's writer, ready to write: the compact one through ONNX Runtime on a CPU, any other through torch."""
+    writer = directory.fill(writer_from(directory.config["writer"], directory.path), "writer")
+    if device == "cpu" and isinstance(writer, CaptionDecoder):
+        from vlm_ops.models.decoder_engine import DecoderEngine
+
+        return DecoderEngine(writer, f"writer-{directory.revision}")
+    return writer.to(device)

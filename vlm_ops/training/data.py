@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 _CHUNK = 64
-_REDRAWS = 20  # of a caption that half of all images share, one in a million pairs is left out
+_NOBODY = -1
 _SEEN_FIRST = 256  # images by which the features of a backbone are known well enough to be standardised
 
 
@@ -101,7 +101,8 @@ def caption_owners(data: CaptionedImages) -> tuple[np.ndarray, np.ndarray]:
 
 
 def labelled_pairs(data: CaptionedImages, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each image with its own captions, and each of these captions with an image that has it not, drawn at random.
+    """Each image with its own captions, and each of these captions with an image that has it not, drawn at random;
+    captions of all images have none.
 
     Returns:
         Rows of images, rows of sentences, and whether they belong together.
@@ -112,14 +113,14 @@ def labelled_pairs(data: CaptionedImages, seed: int = 0) -> tuple[np.ndarray, np
     owners, rows = caption_owners(data)
     rng = np.random.default_rng(seed)
     others = (owners + rng.integers(1, max(len(data), 2), len(owners))) % len(data)
-    pairs = owners * len(data.sentences) + rows
-    for _ in range(_REDRAWS):
-        is_own = np.isin(others * len(data.sentences) + rows, pairs)
-        others = np.where(is_own, rng.integers(0, len(data), len(owners)), others)
-    kept = ~np.isin(others * len(data.sentences) + rows, pairs)
+    num_sentences = len(data.sentences)
+    is_own = np.isin(others * num_sentences + rows, owners * num_sentences + rows)
+    for row in np.unique(rows[is_own]):
+        places = np.flatnonzero(is_own & (rows == row))
+        without = np.setdiff1d(np.arange(len(data)), owners[rows == row])
+        others[places] = rng.choice(without, len(places)) if len(without) else _NOBODY
+    kept = others != _NOBODY
     if not kept.any():
-        raise ValueError(
-            "all images have the same captions; matching pairs can only be told from others where they differ"
-        )
+        raise ValueError("all images have the same captions, so that nothing could tell them apart; add other ones")
     targets = np.repeat([1.0, 0.0], [len(owners), kept.sum()])
     return np.concatenate([owners, others[kept]]), np.concatenate([rows, rows[kept]]), targets

@@ -111,27 +111,30 @@ def curves(epochs: Sequence[Epoch], metric: str) -> str:
     scores = [epoch.score for epoch in epochs]
     panels = [
         _panel(0, "training loss", loss, max(loss)),
-        _panel(330, f"validation {metric}", scores, max(1.0, *scores) if len(scores) > 1 else max(1.0, scores[0])),
+        _panel(330, f"validation {metric}", scores, max([1.0, *scores])),
     ]
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="650" height="230" font-family="sans-serif" font-size="12">{"".join(panels)}</svg>\n'
 
 
 def _panel(left: int, title: str, values: Sequence[float], top: float) -> str:
     width, height = 250, 150
+    bottom = min([0.0, *values])  # a reward's loss may be negative
+    top = max(top, bottom + 1e-9)
     step = width / max(len(values) - 1, 1)
     points = " ".join(
-        f"{left + 45 + number * step:.1f},{30 + height * (1 - value / (top or 1)):.1f}"
+        f"{left + 45 + number * step:.1f},{30 + height * (top - value) / (top - bottom):.1f}"
         for number, value in enumerate(values)
     )
     return (
         f'<text x="{left + 45}" y="18" font-weight="bold">{escape(title)}</text>'
         f'<rect x="{left + 45}" y="30" width="{width}" height="{height}" fill="none" stroke="#bbb"/>'
         f'<text x="{left + 40}" y="36" text-anchor="end">{top:.2f}</text>'
-        f'<text x="{left + 40}" y="{30 + height}" text-anchor="end">0</text>'
+        f'<text x="{left + 40}" y="{30 + height}" text-anchor="end">{bottom:.2g}</text>'
         f'<text x="{left + 45 + width}" y="{46 + height}" text-anchor="end">epoch {len(values)}: {values[-1]:.3f}</text>'
         f'<polyline points="{points}" fill="none" stroke="#2a6fdb" stroke-width="2"/>'
     )
 
 
 def _names(patterns: Sequence[str]) -> str:
-    return ", ".join(f"`{Path(pattern).name}`" for pattern in patterns)
+    """The last two parts of each path, which say enough and nothing of the machine."""
+    return ", ".join(f"`{'/'.join(Path(pattern).parts[-2:])}`" for pattern in patterns)

@@ -1,0 +1,160 @@
+"""What the captioner is taught by, and what its figures are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_ops.caption_metrics import cider_d
+from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig
+from vlm_ops.models.captioner import Captioner, Hypothesis
+from vlm_ops.training.captioner import CaptionerTask, CaptioningConfig, captioning_figures, words_of
+from vlm_ops.training.data import CaptionedImages
+from vlm_ops.training.loop import LoopConfig, fit
+from vlm_ops.training.pseudo_images import PseudoImages
+
+SENTENCES = ("a dog runs", "a dog plays", "two cats sleep", "cats sleep on a bed", "a bird")
+WORDS = sorted({word for text in SENTENCES for word in text.split()})
+
+
+def images(n: int = 12) -> CaptionedImages:
+    """Dogs, cats and a bird, told apart by their features."""
+    captions = [[[0, 1], [2, 3], [4]][number % 3] for number in range(n)]
+    rng = np.random.default_rng(0)
+    kinds = rng.normal(size=(3, 5))
+    features = np.stack([kinds[number % 3] for number in range(n)]) + 0.05 * rng.normal(size=(n, 5))
+    grid = np.repeat(features[:, None], 4, axis=1)
+    inputs = {"features": features.astype(np.float32), "grid": grid.astype(np.float16)}
+    return CaptionedImages(inputs, captions, SENTENCES)
+
+
+def captioner(words: Sequence[str] = WORDS) -> Captioner:
+    torch.manual_seed(0)
+    return Captioner(CaptionDecoder(DecoderConfig(5, 5, 0, 4, words, width=32, num_heads=2, dropout=0.0)))
+
+
+class Parrot:
+    """Writes what it is told to, and remembers what it was taught."""
+
+    def __init__(self, texts: Sequence[str] = ()) -> None:
+        self.texts = iter(texts)
+        self.backbones: list[torch.nn.Module] = []
+        self.taught: list[tuple[dict[str, torch.Tensor], list[list[str]], float]] = []
+        self.writer = self
+
+    def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int) -> list[list[Hypothesis]]:
+        return [[Hypothesis(next(self.texts), -1.0)] for _ in inputs["features"]]
+
+    def loss(
+        self, inputs: Mapping[str, torch.Tensor], captions: list[list[str]], label_smoothing: float
+    ) -> torch.Tensor:
+        self.taught.append((dict(inputs), captions, label_smoothing))
+        return torch.tensor(float(len(self.taught)))
+
+
+def test_every_image_is_taught_as_many_of_its_own_captions() -> None:
+    parrot, data = Parrot(), images()
+    task = CaptionerTask(parrot, data, data, CaptioningConfig(captions_per_image=3, label_smoothing=0.2))  # type: ignore[arg-type]
+    task.loss(np.array([5, 0, 1]), np.random.default_rng(0))
+    ((inputs, captions, smoothing),) = parrot.taught
+    assert [len(each) for each in captions] == [3, 3, 3] and smoothing == 0.2
+    assert [set(each) for each in captions] == [{SENTENCES[4]}, set(SENTENCES[:2]), set(SENTENCES[2:4])]
+    np.testing.assert_array_equal(inputs["features"], data.images["features"][[5, 0, 1]])
+
+
+def test_pseudo_images_are_taught_their_sentences() -> None:
+    parrot, data = Parrot(), images()
+    features = np.arange(15, dtype=np.float32).reshape(3, 5)
+    pseudo = PseudoImages(["otter", "vase", "oboe"], features, np.ones(5, np.float32), None, features, features)
+    config = CaptioningConfig(pseudo_weight=0.5, pseudo_images=2, pseudo_noise=0.0)
+    task = CaptionerTask(parrot, data, data, config, "cpu", pseudo)  # type: ignore[arg-type]
+    loss = task.loss(np.arange(4), np.random.default_rng(0))
+    assert loss.item() == 1 + 0.5 * 2
+    inputs, captions, _ = parrot.taught[1]
+    rows = (inputs["features"][:, 0] / 5).long().tolist()
+    sentences = ["a photo of an otter", "a photo of a vase", "a photo of an oboe"]
+    assert captions == [[sentences[row]] for row in rows] and len(set(rows)) == 2
+    # Every cell looks the same.
+    assert inputs["grid"].shape == (2, 4, 5)
+    assert all(torch.equal(inputs["grid"][:, cell], inputs["features"]) for cell in range(4))
+
+
+def test_figures_are_those_of_what_it_writes_by_itself() -> None:
+    data = images(70)
+    perfect = [SENTENCES[rows[0]] for rows in data.captions]
+    references = [[SENTENCES[row] for row in rows] for rows in data.captions]
+    figures = captioning_figures(Parrot(perfect), data, 1, "cpu")
+    assert set(figures) == {"CIDEr-D", "BLEU-4", "ROUGE-L"}
+    assert figures["ROUGE-L"] == pytest.approx(1) and figures["CIDEr-D"] == pytest.approx(
+        cider_d(perfect, references).mean()
+    )
+    assert captioning_figures(Parrot(["nothing of that"] * 70), data, 1, "cpu")["CIDEr-D"] == 0
+
+
+def test_it_learns_to_tell_pictures_apart(tmp_path: Path) -> None:
+    data = images()
+    task = CaptionerTask(captioner(), data, data, CaptioningConfig(captions_per_image=1))
+    module, epochs = fit(task, LoopConfig(num_epochs=40, batch_size=12, learning_rate=5e-3), tmp_path / "c.pt")
+    written = [each[0].text for each in module.write(data.image_inputs(slice(0, 3)), 3)]
+    assert written[0] in SENTENCES[:2] and written[1] in SENTENCES[2:4] and written[2] == SENTENCES[4]
+    assert epochs[-1].score == pytest.approx(captioning_figures(module, data, 1, "cpu")["CIDEr-D"])
+    assert epochs[-1].score > 5 * max(epochs[0].score, 0.1)
+
+
+def test_cider_makes_what_it_draws_better() -> None:
+    data = images()
+    model = captioner()
+    config = CaptioningConfig(captions_per_image=8, objective="cider")
+    task = CaptionerTask(model, data, data, config)
+    inputs = data.image_inputs(np.arange(3))
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    rewards = []
+    for step in range(60):
+        loss = task.loss(np.arange(12), np.random.default_rng(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 59 == 0:
+            drawn = [
+                model.writer.vocabulary.decode(row[1:])
+                for row in model.writer.sample(inputs, 50).flatten(0, 1).tolist()
+            ]
+            rewards.append(task._reward.score(drawn, np.repeat(np.arange(3), 50).tolist()).mean())
+    assert rewards[1] > 2 * rewards[0]
+
+
+def test_sentences_of_equal_reward_teach_nothing() -> None:
+    data = images()
+    model = captioner(words=["nonsense"])
+    task = CaptionerTask(model, data, data, CaptioningConfig(captions_per_image=4, objective="cider"))
+    assert task.loss(np.arange(12), np.random.default_rng(0)).item() == 0
+
+
+def test_cider_is_for_writers_that_can_draw() -> None:
+    data = images()
+    with pytest.raises(
+        ValueError, match="--objective cider is for the compact writer; train this one with --objective"
+    ):
+        CaptionerTask(Parrot(), data, data, CaptioningConfig(objective="cider"))  # type: ignore[arg-type]
+
+
+def test_the_vocabulary_has_frequent_words_and_those_of_the_classes() -> None:
+    data = images()  # four times "a bird", "a dog runs" and so on
+    assert words_of(data, 4) == WORDS
+    assert words_of(data, 5) == ["a", "cats", "dog", "sleep"]
+    assert words_of(data, 5, ["otter", "grey Dog"]) == [
+        "a",
+        "an",
+        "cats",
+        "dog",
+        "grey",
+        "of",
+        "otter",
+        "photo",
+        "sleep",
+    ]
