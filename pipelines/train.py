@@ -118,9 +118,10 @@ def run(options: TrainOptions) -> int:
     )
     write_model(output, parts, {**bases, **description, "recipe": dict(card.recipe)}, card)
     (output / _CHECKPOINT).unlink(missing_ok=True)
-    print(f"model      dir:{output}")
+    width = max(10, *map(len, figures))
+    print(f"{'model':<{width}} dir:{output}")
     for name, value in figures.items():
-        print(f"{name:<10} {value:.3f}   (on {len(validation)} validation images)")
+        print(f"{name:<{width}} {value:.3f}   (on {len(validation)} validation images)")
     return 0
 
 
@@ -201,6 +202,7 @@ def train_captioner(options: TrainOptions, data: CaptionedImages, validation: Ca
     from vlm_ops.models.captioner import Captioner
     from vlm_ops.models.writers import describe_writer, save_writer_files
     from vlm_ops.training.captioner import CaptionerTask, CaptioningConfig, captioning_figures
+    from vlm_ops.training.people import fit_people
 
     backbone = None if options.writer == "vision-encoder-decoder" else _backbones(options)[0]
     writer = _started(options, _writer(options, data, backbone, device))
@@ -224,6 +226,9 @@ def train_captioner(options: TrainOptions, data: CaptionedImages, validation: Ca
             "label_margin": options.label_margin,
         }
         parts = {"writer": trained.writer, **_finetuned(trained)}
+        if people := fit_people(data, validation) if "features" in data.images else None:
+            parts["people"] = people
+        description["knows_people"] = people is not None
         return parts, description, captioning_figures(trained, validation, options.num_beams, device)
 
     return Training(task, finish)

@@ -66,3 +66,14 @@ def _numbers(word: str) -> frozenset[str]:
     if word.endswith("ves"):
         found |= {f"{word[:-3]}f", f"{word[:-3]}fe"}
     return frozenset(found)
+
+
+PEOPLE = (
+    "adult", "adults", "baby", "boy", "boys", "child", "children", "couple", "crowd", "girl", "girls", "guy", "guys", "he",
+    "kid", "kids", "lady", "ladies", "man", "men", "people", "person", "player", "players", "she", "toddler", "woman", "women",
+)  # fmt: skip
+
+
+def names_people(sentence: str) -> bool:
+    """Whether a sentence speaks of people; "men's shoes" do not."""
+    return has_any_word(sentence, PEOPLE)

@@ -52,7 +52,7 @@ def test_the_default_catalog(toy_catalog: Path, toy_inputs: Path) -> None:
     assert found["photo01"]["source_captions"] == ["first caption", "second caption"]
     assert found["member03"]["uri"] == f"{toy_inputs}/shard.tar#member03.jpg"
     for row in found.values():
-        assert len(row["features"]) == 1280 and len(row["image_embedding"]) == 384 and len(row["labels"]) == 5
+        assert len(row["features"]) == 1280 and len(row["image_embedding"]) == 388 and len(row["labels"]) == 5
         assert sum(x * x for x in row["image_embedding"]) == pytest.approx(1, abs=1e-4)
         assert (row["width"], row["height"], row["format"]) == (96, 64, "JPEG")
     assert (toy_catalog / "indexes" / "1" / "manifest.json").exists()
@@ -271,7 +271,10 @@ def test_a_write_that_fails_is_no_user_error_and_keeps_nothing_half(
         (["--input", "/no/such/place", "--catalog", "C"], "no input matches '/no/such/place'"),
         (["--input", "IN", "--catalog", "C", "--model", "compcat"], "unknown model 'compcat'"),
         (["--input", "IN", "--catalog", "C", "--ops", "qualty"], "unknown op 'qualty'"),
-        (["--input", "IN", "--catalog", "C", "--ops", "caption", "--model", "compact"], "cannot serve op 'caption'"),
+        (
+            ["--input", "IN", "--catalog", "C", "--ops", "caption", "--model", "compact:conse"],
+            "cannot serve op 'caption'",
+        ),
         (["--input", "IN", "--catalog", "memory://c"], "a catalog cannot live on memory://"),
         (["--input", "IN", "--catalog", "FILE"], "cannot be made: "),
         (["--input", "ftpx://a/b", "--catalog", "C"], "cannot open 'ftpx://a/b'"),

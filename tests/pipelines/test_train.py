@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -265,7 +266,7 @@ def test_captions_are_made_of_metadata(corpus: Path, tmp_path: Path, capsys: pyt
     assert train(corpus, tmp_path / "m", "--input", str(corpus / "bare.tar"), *flags, kind="captioner") == 0
     card = (tmp_path / "m" / "README.md").read_text()
     # 40 bring their captions; of the 12 without, 9 are no lemons.
-    assert "49 images with 58 captions from `train.tar`, `bare.tar`" in card
+    assert f"49 images with 58 captions from `{corpus.name}/train.tar`, `{corpus.name}/bare.tar`" in card
     words = config_of(tmp_path / "m")["writer"]["words"]
     assert words == sorted(["a", "crimson", "lemon", "lime", "navy", "one", "thing"])
 
@@ -337,7 +338,7 @@ def test_a_captioner_on_a_dual_encoder_chooses(model: Path, stack: Path) -> None
     spec = f"dir:{stack}"
     images = load_image_model(spec, "cpu", frozenset({"caption"}))
     pixels = np.random.default_rng(0).integers(0, 255, (24, 3, 8, 8), dtype=np.uint8)
-    pixels[:12] = shades(*(tuple(rng) for rng in np.random.default_rng(1).integers(0, 255, (12, 3))))
+    pixels[:12] = shades(*(tuple(each) for each in np.random.default_rng(1).integers(0, 255, (12, 3))))
     captions = images.encode_images(pixels).captions
 
     directory = ModelDirectory(stack)
@@ -357,6 +358,18 @@ def test_a_captioner_on_a_dual_encoder_chooses(model: Path, stack: Path) -> None
         assert caption.score == pytest.approx(expected, abs=1e-5) and 0 <= caption.score <= 1
     assert {caption.source for caption in captions} == {"generated", "labels"}
     assert len({caption.text for caption in captions}) > 2
+
+
+def test_classes_are_named_only_where_they_fit_better_by_a_margin(stack: Path, tmp_path: Path) -> None:
+    pixels = shades(*(tuple(each) for each in np.random.default_rng(1).integers(0, 255, (12, 3))))
+    sources = []
+    for margin in (0.0, 2.0):
+        copy = tmp_path / str(margin)
+        shutil.copytree(stack, copy)
+        (copy / "config.json").write_text(json.dumps(config_of(stack) | {"label_margin": margin}))
+        captions = load_image_model(f"dir:{copy}", "cpu", frozenset({"caption"})).encode_images(pixels).captions
+        sources.append({caption.source for caption in captions})
+    assert "labels" in sources[0] and sources[1] == {"generated"}
 
 
 def test_a_captioner_on_a_dual_encoder_is_described_and_built(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig, Vocabulary, split_words
+from vlm_ops.models.decoder_engine import DecoderEngine
 
 WORDS = ("a", "dog", "runs")
 
@@ -26,7 +27,7 @@ def inputs(n: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         "features": torch.randn(n, 5, generator=generator),
-        "grid": torch.rand(n, 4, 6, generator=generator).half(),
+        "grid": torch.rand(n, 4, 6, generator=generator),
         "embedding": torch.randn(n, 3, generator=generator),
     }
 
@@ -75,6 +76,20 @@ def test_an_image_is_described_alike_alone_and_in_a_batch() -> None:
         alone = model.write({name: values[row : row + 1] for name, values in images.items()}, num_beams=3)[0]
         assert [each.text for each in alone] == [each.text for each in together[row]]
     assert model.write({name: values[:0] for name, values in images.items()}, num_beams=3) == []
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_onnx_runtime_writes_what_torch_writes(
+    num_beams: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEAMSIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "decoder"))  # both cases share a graph
+    model, images = decoder(max_words=6), inputs(5)
+    engine = DecoderEngine(model, "decoder")
+    written, expected = engine.write(images, num_beams), model.write(images, num_beams)
+    assert [[each.text for each in row] for row in written] == [[each.text for each in row] for row in expected]
+    scores = [each.log_prob for row in written for each in row]
+    assert scores == pytest.approx([each.log_prob for row in expected for each in row], abs=1e-4)
+    assert engine.write({name: values[:0] for name, values in images.items()}, num_beams) == []
 
 
 def test_sentences_of_one_image_do_not_see_each_other() -> None:

@@ -11,10 +11,21 @@ import torch
 
 from tests.conftest import photo
 from vlm_ops.images import preprocess
-from vlm_ops.models import ImageModel, describe_model, load_image_model, load_text_model, onnx_engine, resolve_device
-from vlm_ops.models.compact import TorchForward, conse, imagenet_labels, minilm_module, softmax
+from vlm_ops.models import (
+    ImageModel,
+    describe_model,
+    load_image_backbone,
+    load_image_model,
+    load_text_backbone,
+    load_text_model,
+    load_tokenizer,
+    onnx_engine,
+    resolve_device,
+)
+from vlm_ops.models.compact import conse, imagenet_labels
+from vlm_ops.preprocessing import Preprocessing
 
-FAMILIES = ("compact", "python:tests.toys")
+FAMILIES = ("compact:conse", "python:tests.toys")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -27,60 +38,106 @@ def model(spec: str) -> ImageModel:
     return load_image_model(spec, "cpu")
 
 
-def pixels_for(model: ImageModel, n: int) -> np.ndarray:
-    size = model.preprocessing.size
+def pixels_for(preprocessing: Preprocessing, n: int) -> np.ndarray:
     if n == 0:
-        return np.empty((0, 3, size, size), np.uint8)
+        return np.empty((0, 3, preprocessing.size, preprocessing.size), np.uint8)
     tensors = [torch.from_numpy(np.array(photo(seed, 80, 80))).permute(2, 0, 1) for seed in range(n)]
-    return np.stack([preprocess(each, model.preprocessing).numpy() for each in tensors])
+    return np.stack([preprocess(each, preprocessing).numpy() for each in tensors])
+
+
+def arrays(encoding: object) -> dict[str, np.ndarray]:
+    return {name: values for name, values in vars(encoding).items() if isinstance(values, np.ndarray)}
 
 
 def test_same_batch_gives_the_same_bits(model: ImageModel) -> None:
-    pixels = pixels_for(model, 5)
-    first, second = model.encode_images(pixels), model.encode_images(pixels)
-    assert np.array_equal(first.embeddings, second.embeddings)
-    assert np.array_equal(first.features, second.features)
+    pixels = pixels_for(model.preprocessing, 5)
+    first, second = arrays(model.encode_images(pixels)), arrays(model.encode_images(pixels))
+    assert {"features", "grid", "probabilities", "embeddings"} == set(first)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_one_by_one_gives_the_same_in_the_same_order(model: ImageModel) -> None:
-    pixels = pixels_for(model, 7)
-    together = model.encode_images(pixels)
-    alone = [model.encode_images(pixels[i : i + 1]) for i in range(7)]
-    np.testing.assert_allclose(together.features, np.concatenate([each.features for each in alone]), atol=1e-4)
-    np.testing.assert_allclose(together.embeddings, np.concatenate([each.embeddings for each in alone]), atol=1e-5)
-    assert np.abs(together.features[0] - together.features[1]).max() > 1e-2
+    pixels = pixels_for(model.preprocessing, 7)
+    together = arrays(model.encode_images(pixels))
+    alone = [arrays(model.encode_images(pixels[i : i + 1])) for i in range(7)]
+    for name, values in together.items():
+        np.testing.assert_allclose(values, np.concatenate([each[name] for each in alone]), atol=1e-4)
+    assert np.abs(together["features"][0] - together["features"][1]).max() > 1e-2
 
 
-def test_shapes_and_norms(model: ImageModel) -> None:
-    encoding = model.encode_images(pixels_for(model, 3))
+def test_shapes_and_norms(spec: str, model: ImageModel) -> None:
+    encoding, backbone = model.encode_images(pixels_for(model.preprocessing, 3)), load_image_backbone(spec)
     np.testing.assert_allclose(np.linalg.norm(encoding.embeddings, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(encoding.probabilities.sum(axis=1), 1, atol=1e-5)
     assert encoding.probabilities.shape == (3, len(model.label_names))
-    assert encoding.features.dtype == encoding.embeddings.dtype == np.float32
+    assert encoding.features.shape == (3, backbone.feature_dim)
+    assert encoding.grid.shape[::2] == (3, backbone.grid_dim)
+    assert encoding.embeddings.shape == (3, backbone.embedding_dim)
+    assert {values.dtype for values in arrays(encoding).values()} == {np.dtype(np.float32)}
+    assert model.preprocessing == backbone.preprocessing
 
 
 def test_empty_batch(model: ImageModel) -> None:
-    encoding = model.encode_images(pixels_for(model, 0))
-    one = model.encode_images(pixels_for(model, 1))
-    assert encoding.embeddings.shape == (0, one.embeddings.shape[1])
-    assert encoding.features.shape == (0, one.features.shape[1])
+    none = arrays(model.encode_images(pixels_for(model.preprocessing, 0)))
+    one = arrays(model.encode_images(pixels_for(model.preprocessing, 1)))
+    assert {name: values.shape for name, values in none.items()} == {
+        name: (0, *values.shape[1:]) for name, values in one.items()
+    }
+
+
+def test_the_model_equals_its_backbone(spec: str, model: ImageModel) -> None:
+    """ONNX Runtime, where that runs it, gives what torch does."""
+    pixels = pixels_for(model.preprocessing, 5)
+    with torch.no_grad():
+        expected = load_image_backbone(spec)(torch.from_numpy(pixels))
+    encoding = model.encode_images(pixels)
+    for name, field in (
+        ("features", "features"),
+        ("grid", "grid"),
+        ("labels", "probabilities"),
+        ("embedding", "embeddings"),
+    ):
+        values = expected[name].numpy()
+        tolerance = 1e-5 * max(1.0, float(np.abs(values).max()))
+        np.testing.assert_allclose(getattr(encoding, field), values, atol=3 * tolerance)
+
+
+def test_classes_follow_from_features(spec: str) -> None:
+    backbone = load_image_backbone(spec)
+    with torch.no_grad():
+        outputs = backbone(torch.from_numpy(pixels_for(backbone.preprocessing, 3)))
+        again = backbone.of_features(outputs["features"])  # type: ignore[attr-defined]
+    for name in ("labels", "embedding"):
+        torch.testing.assert_close(again[name], outputs[name], atol=1e-5, rtol=1e-4)
+    assert backbone.class_weights.shape == (len(backbone.class_names), backbone.feature_dim)  # type: ignore[attr-defined]
 
 
 def test_texts_and_images_share_a_space(spec: str, model: ImageModel) -> None:
-    texts = load_text_model(spec, "cpu")
+    texts = load_text_model(spec)
     vectors = texts.encode_texts(["a dog", "a much longer sentence about a cat on a sofa", "a dog"])
-    assert vectors.shape == (3, model.encode_images(pixels_for(model, 1)).embeddings.shape[1])
+    assert vectors.shape == (3, model.encode_images(pixels_for(model.preprocessing, 1)).embeddings.shape[1])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-6)
     assert texts.encode_texts([]).shape == (0, vectors.shape[1])
 
 
+def test_the_text_model_equals_its_backbone(spec: str) -> None:
+    texts = ["two dogs play in the snow", "green", "a cat"]
+    tokens = load_tokenizer(spec)(texts)
+    assert tokens["ids"].shape == tokens["mask"].shape and tokens["ids"].dtype == tokens["mask"].dtype == np.int64
+    backbone = load_text_backbone(spec)
+    with torch.no_grad():
+        expected = backbone(torch.from_numpy(tokens["ids"]), torch.from_numpy(tokens["mask"]))
+    assert expected.shape == (3, backbone.text_dim)
+    np.testing.assert_allclose(load_text_model(spec).encode_texts(texts), expected, atol=1e-5)
+
+
 def test_the_description_is_that_of_the_loaded_model(spec: str, model: ImageModel) -> None:
-    assert model.info == describe_model(spec) == load_text_model(spec, "cpu").info
+    assert model.info == describe_model(spec) == load_text_model(spec).info
 
 
 def test_threads_share_a_model(model: ImageModel) -> None:
-    pixels = pixels_for(model, 6)
+    pixels = pixels_for(model.preprocessing, 6)
     expected = model.encode_images(pixels).embeddings
     results: list[np.ndarray] = []
     threads = [
@@ -96,14 +153,29 @@ def test_threads_share_a_model(model: ImageModel) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("compcat", "unknown model 'compcat'; known models: compact, dir, or python:package.module"),
-        ("compact:tiny", "unknown model 'compact:tiny'; did you mean 'compact'?"),
+        (
+            "compcat",
+            "unknown model 'compcat'; known models: compact, compact-large, dir, hf, torchvision, or python:package.module",
+        ),
+        (
+            "compact:tiny",
+            "unknown model 'compact:tiny'; this family has compact, compact-large, compact-large:conse, compact:aligned,",
+        ),
         ("python:no_such_module", "cannot load model 'python:no_such_module': No module named"),
+        ("python:", "cannot load model 'python:': "),
     ],
 )
 def test_unknown_specs(wrong: str, message: str) -> None:
-    with pytest.raises(ValueError, match="^" + message.replace("?", r"\?")):
+    with pytest.raises(ValueError, match="^" + message):
         describe_model(wrong)
+
+
+def test_a_family_that_cannot_be_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("tests.toys.load_image_backbone")
+    monkeypatch.delattr("tests.toys.load_tokenizer")
+    for load in (load_image_backbone, load_tokenizer):
+        with pytest.raises(ValueError, match="model 'python:tests.toys' cannot be trained on; name a model of another"):
+            load("python:tests.toys")
 
 
 def test_device_is_never_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,62 +187,89 @@ def test_device_is_never_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) ->
         resolve_device("tpu")
 
 
-# --- compact -------------------------------------------------------------------------------------
+def test_families_are_told_a_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("load_image_model", "load_text_model"):
+        monkeypatch.setattr(f"tests.toys.{name}", lambda spec, device, *outputs: told.append(device))
+    for load in (load_image_model, load_text_model):
+        load("python:tests.toys", "auto")
+        with pytest.raises(ValueError, match="no CUDA device"):
+            load("python:tests.toys", "cuda")
+    load_text_model("python:tests.toys")
+    assert told == ["cpu"] * 3
 
 
-def test_onnx_runtime_equals_torch() -> None:
-    model = load_image_model("compact", "cpu")
-    pixels = pixels_for(model, 5)
-    features, logits = TorchForward("cpu")(pixels)
-    encoding = model.encode_images(pixels)
-    np.testing.assert_allclose(encoding.features, features, atol=3e-5)
-    np.testing.assert_allclose(encoding.probabilities, softmax(logits), atol=1e-5)
+# --- compact --------------------------------------------------------------------------------------
+
+
+def test_only_what_is_asked_for_is_given() -> None:
+    model = load_image_model("compact:conse", "cpu", frozenset({"embedding"}))
+    pixels = pixels_for(model.preprocessing, 2)
+    assert set(arrays(model.encode_images(pixels))) == {"embeddings"}
+    whole = load_image_model("compact:conse", "cpu").encode_images(pixels)
+    np.testing.assert_allclose(model.encode_images(pixels).embeddings, whole.embeddings, atol=1e-6)
+    nothing = load_image_model("compact:conse", "cpu", frozenset())
+    assert nothing.preprocessing == model.preprocessing and arrays(nothing.encode_images(pixels)) == {}
 
 
 @pytest.mark.gpu
 def test_cuda_equals_the_cpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    cpu, cuda = load_image_model("compact", "cpu"), load_image_model("compact", "cuda")
-    pixels = pixels_for(cpu, 9)
+    cpu, cuda = load_image_model("compact:conse", "cpu"), load_image_model("compact:conse", "cuda")
+    pixels = pixels_for(cpu.preprocessing, 9)
     np.testing.assert_allclose(cuda.encode_images(pixels).embeddings, cpu.encode_images(pixels).embeddings, atol=1e-2)
-
-
-def test_text_encoder_equals_torch() -> None:
-    from tokenizers import Tokenizer
-
-    from vlm_ops.models.compact import _minilm_dir
-
-    text = "two dogs play in the snow"
-    tokenizer = Tokenizer.from_file(str(_minilm_dir() / "tokenizer.json"))
-    ids = torch.tensor([tokenizer.encode(text).ids])
-    ids = ids[:, : int((ids != 0).sum())]
-    with torch.no_grad():
-        expected = minilm_module()(ids, torch.ones_like(ids)).numpy()
-    np.testing.assert_allclose(load_text_model("compact", "cpu").encode_texts([text]), expected, atol=1e-5)
 
 
 def test_conse_is_the_weighted_sum_of_the_likeliest_labels() -> None:
     rng = np.random.default_rng(0)
-    probabilities = softmax(rng.normal(size=(4, 30)).astype(np.float32))
-    labels = rng.normal(size=(30, 6)).astype(np.float32)
+    probabilities = torch.from_numpy(rng.normal(size=(4, 30))).softmax(1)
+    labels = torch.from_numpy(rng.normal(size=(30, 6)))
     expected = []
     for row in probabilities:
         best = sorted(range(30), key=lambda i: -row[i])[:10]
         total = sum(row[i] * labels[i] for i in best)
         expected.append(total / np.linalg.norm(total))
-    np.testing.assert_allclose(conse(probabilities, labels), np.stack(expected), atol=1e-5)
+    torch.testing.assert_close(conse(probabilities, labels), torch.stack(expected))
+
+
+def test_the_grid_ends_with_the_colours_of_the_cells() -> None:
+    """Those of the four quarters of each of 7 by 7 cells, from 0 to 2."""
+    backbone = load_image_backbone("compact:conse")
+    pixels = pixels_for(backbone.preprocessing, 2)
+    with torch.no_grad():
+        grid = backbone(torch.from_numpy(pixels))["grid"].numpy()
+    assert grid.shape == (2, 49, 1280 + 12)
+    for row, column in ((0, 0), (2, 5), (6, 6)):
+        cell = pixels[:, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32].astype(np.float64)
+        quarters = [cell[:, :, y : y + 16, x : x + 16].mean((2, 3)) for y in (0, 16) for x in (0, 16)]
+        expected = np.stack(quarters, axis=2).reshape(2, 12)  # a colour's four quarters together
+        np.testing.assert_allclose(grid[:, 7 * row + column, 1280:], 2 * ((expected - 127) / 128 + 1), atol=1e-4)
+
+
+def test_the_large_base_joins_two_networks() -> None:
+    backbone = load_image_backbone("compact-large:conse")
+    small = load_image_backbone("compact:conse")
+    assert backbone.preprocessing.size == 260 and (backbone.feature_dim, backbone.grid_dim) == (2560, 1292)
+    with torch.no_grad():
+        outputs = backbone(torch.from_numpy(pixels_for(backbone.preprocessing, 1)))
+        alone = small.of_features(outputs["features"][:, :1280])  # type: ignore[attr-defined]
+    assert outputs["grid"].shape == (1, 49, 1292)
+    # Each network has half of the say.
+    assert (outputs["labels"] >= alone["labels"] / 2 - 1e-6).all()
+    torch.testing.assert_close(outputs["labels"].sum(1), torch.ones(1))
 
 
 def test_labels_of_a_real_photo() -> None:
     data = pytest.importorskip("skimage.data", reason="needs the photographs of scikit-image")
-    model = load_image_model("compact", "cpu")
+    model = load_image_model("compact:conse", "cpu")
     pixels = preprocess(torch.from_numpy(data.chelsea()).permute(2, 0, 1), model.preprocessing).numpy()[None]
     best = model.encode_images(pixels).probabilities[0].argmax()
     assert imagenet_labels()[best] in ("tabby", "tiger cat", "Egyptian cat")
 
 
-# --- the cache of exported graphs ------------------------------------------------------------------
+# --- the cache of exported graphs -----------------------------------------------------------------
 
 
 def test_cached_file_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import imagehash
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from schemas.recipes import OpSpec
 from schemas.samples import Sample
+from tests import toys
 from tests.conftest import encode, jpeg, photo
 from tests.toys import ToyImageModel
 from vlm_ops.enrich import decode_batch
@@ -67,6 +69,54 @@ def test_ops_share_one_forward_pass() -> None:
     assert [f"a {label['name']} picture" for label in best] == columns["caption"].to_pylist()
 
 
+def test_captions_and_images_match_or_not() -> None:
+    ops = load_ops(plan_ops(["caption", "caption_match"], TOY))
+    red, blue = (encode(Image.new("RGB", (20, 20), color), "PNG") for color in ("red", "blue"))
+    captions = [("a red wall", "a green one"), (), ("something blue",)]
+    samples = [
+        Sample(f"u{i}", f"u{i}", f"k{i}", data, captions=own)
+        for i, (data, own) in enumerate(zip((red, blue, blue), captions, strict=True))
+    ]
+    batch, _ = decode_batch(samples, [op.preprocessing for op in ops], 10**8)
+    ops[0](batch)
+    columns = {name: array.to_pylist() for name, array in ops[1](batch).items()}
+    assert columns == {"source_caption_match": [[1.0, 0.0], [], [1.0]], "caption_match": [1.0, 1.0, 1.0]}
+    assert ops[0].model is ops[1].model and ops[0].model.num_calls == 1
+
+
+def test_without_a_generated_caption_only_the_given_ones_are_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    (op,) = load_ops(plan_ops(["caption_match"], TOY))
+    encode_images = op.model.encode_images
+    monkeypatch.setattr(op.model, "encode_images", lambda pixels: replace(encode_images(pixels), captions=None))
+    columns = op(batch_of([jpeg(0), jpeg(1)], [op]))
+    assert columns["source_caption_match"].to_pylist() == [[], []]
+    assert columns["caption_match"].to_pylist() == [None, None]
+    assert {name: array.type for name, array in columns.items()} == {field.name: field.type for field in op.columns}
+
+
+@pytest.mark.parametrize(
+    ("names", "outputs"),
+    [
+        (["quality", "caption"], [{"caption"}]),
+        (["labels", "embedding", "features"], [{"labels", "embedding", "features"}]),
+        (["caption_match"], [{"match"}]),
+        (["quality"], []),
+    ],
+)
+def test_a_model_is_asked_for_what_the_ops_need(
+    names: list[str], outputs: list[set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[frozenset[str]] = []
+
+    def load(spec: str, device: str, outputs: frozenset[str]) -> ToyImageModel:
+        asked.append(outputs)
+        return ToyImageModel(toys.describe(spec))
+
+    monkeypatch.setattr(toys, "load_image_model", load)
+    load_ops(plan_ops(names, TOY))
+    assert asked == outputs
+
+
 def test_labels_come_likeliest_first() -> None:
     ops = load_ops(plan_ops(["labels"], TOY))
     (row,) = ops[0](batch_of([encode(Image.new("RGB", (20, 20), (10, 250, 60)), "PNG")], ops))["labels"].to_pylist()
@@ -75,7 +125,7 @@ def test_labels_come_likeliest_first() -> None:
 
 
 def test_an_op_of_another_package_brings_its_column() -> None:
-    specs = plan_ops(["quality", "tests.toys:BrightnessOp"], "compact")
+    specs = plan_ops(["quality", "tests.toys:BrightnessOp"], TOY)
     assert schema_of(specs).names[-1] == "brightness"
     ops = load_ops(specs)
     white = encode(Image.new("RGB", (9, 9), "white"), "PNG")
@@ -85,11 +135,24 @@ def test_an_op_of_another_package_brings_its_column() -> None:
 @pytest.mark.parametrize(
     ("names", "model", "message"),
     [
-        (["quality", "blur"], "compact", "unknown op 'blur'; known ops: quality, features, labels, caption, embedding"),
-        (["quality", "quality"], "compact", "op 'quality' is named twice in --ops"),
-        (["caption"], "compact", "model 'compact' cannot serve op 'caption'; it serves: embedding, features, labels"),
+        (
+            ["quality", "blur"],
+            TOY,
+            "unknown op 'blur'; known ops: quality, features, labels, caption, embedding, caption_match",
+        ),
+        (["quality", "quality"], TOY, "op 'quality' is named twice in --ops"),
+        (
+            ["caption"],
+            "compact:conse",
+            "model 'compact:conse' cannot serve op 'caption'; it serves: embedding, features, grid, labels",
+        ),
+        (
+            ["caption_match"],
+            "compact:conse",
+            "model 'compact:conse' cannot serve op 'caption_match'; it serves: embedding",
+        ),
         (["features"], "nothing", "unknown model 'nothing'"),
-        (["tests.toys:Missing"], "compact", "cannot load op 'tests.toys:Missing'"),
+        (["tests.toys:Missing"], TOY, "cannot load op 'tests.toys:Missing'"),
     ],
 )
 def test_wrong_recipes_say_so_before_any_work(names: list[str], model: str, message: str) -> None:

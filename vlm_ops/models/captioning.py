@@ -2,26 +2,30 @@
 
 Where the base aligns images and texts, it has the last word: the sentence is the best, by its judgement,
 of those that the writer has found and of "a photo of a {class}" for the likeliest classes. Away from the
-scenes of its training a writer tells of what it knows; a plain class name is then nearer the truth.
+scenes of its training a writer tells of what it knows; a plain class name is then nearer the truth. A sentence
+that names people counts only where the features show some.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlm_ops.mentions import names_people
 from vlm_ops.models import Caption, ImageEncoding, ImageModel, ModelInfo, TextModel
 from vlm_ops.models.aligned import CosineMatcher, load_image_below, load_text_below, produced_below
-from vlm_ops.models.captioner import Hypothesis
 from vlm_ops.models.directory import ModelDirectory
 from vlm_ops.models.onnx_engine import cached_file
-from vlm_ops.models.writers import load_writer
 from vlm_ops.sentences import class_sentence
+
+if TYPE_CHECKING:
+    from vlm_ops.models.captioner import Hypothesis
 
 _LABELS = 3  # of the likeliest classes, how many speak
 _FIELDS = {"features": "features", "grid": "grid", "embedding": "embeddings"}
@@ -47,10 +51,13 @@ class CaptioningImageModel:
     def __init__(self, directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> None:
         import torch
 
+        from vlm_ops.models.writers import load_writer
+
         self.info = info
         self._writer = load_writer(directory, device)
         self._reads = tuple(directory.config["reads"])  # of the encoding; nothing where it sees the pixels
-        needed = {*self._reads, *({"match", "labels", "embedding"} & produced_below(directory))}
+        judged = {"match", "labels", "embedding", *(["features"] if directory.config["knows_people"] else [])}
+        needed = {*self._reads, *(judged & produced_below(directory))}
         self._outputs = outputs
         self._base = load_image_below(directory, info, device, (outputs - {"caption"}) | needed)
         self.preprocessing = self._base.preprocessing
@@ -93,10 +100,11 @@ class _Judge:
         self._num_judged = directory.config["num_judged"]
         self._sentences = [class_sentence(name) for name in base.label_names]
         self._vectors = _vectors_of(base, directory.base, self._sentences) if self._sentences else None
+        self._people = _people_evidence(directory) if directory.config["knows_people"] else None
 
     def __call__(self, encoding: ImageEncoding, written: Sequence[Sequence[Hypothesis]]) -> list[Caption]:
         # Encoding a sentence costs as much as writing it, so the last beams are not asked.
-        asked = [hypotheses[: self._num_judged] for hypotheses in written]
+        asked = [hypotheses[: self._num_judged] for hypotheses in self._without_invented_people(encoding, written)]
         texts = [each.text for hypotheses in asked for each in hypotheses]
         rows = [row for row, hypotheses in enumerate(asked) for _ in hypotheses]
         cosines = self._base.cosines(encoding, rows, texts)
@@ -104,13 +112,26 @@ class _Judge:
         end = 0
         for row, hypotheses in enumerate(asked):
             start, end = end, end + len(hypotheses)
-            best = max(range(start, end), key=lambda i: cosines[i])
+            best = max(range(start, end), key=lambda i: cosines[i], default=-1)
             label = self._best_label(encoding, row)
-            if label is not None and label[1] - self._margin > cosines[best]:
+            if label is not None and (best < 0 or label[1] - self._margin > cosines[best]):
                 captions.append(Caption(self._sentences[label[0]], "labels", self._score(label[1])))
             else:
                 captions.append(Caption(texts[best], "generated", self._score(cosines[best])))
         return captions
+
+    def _without_invented_people(
+        self, encoding: ImageEncoding, written: Sequence[Sequence[Hypothesis]]
+    ) -> Sequence[Sequence[Hypothesis]]:
+        """The sentences that name people only where the picture shows some; none may be left where a label can speak."""
+        if self._people is None or self._vectors is None:
+            return written
+        assert encoding.features is not None
+        shown = self._people(encoding.features)
+        return [
+            hypotheses if may else [each for each in hypotheses if not names_people(each.text)]
+            for hypotheses, may in zip(written, shown, strict=True)
+        ]
 
     def _best_label(self, encoding: ImageEncoding, row: int) -> tuple[int, float] | None:
         """(class, cosine) of the sentence that fits best, of the likeliest classes."""
@@ -124,6 +145,22 @@ class _Judge:
 
     def _score(self, cosine: float) -> float:
         return float(self._base.probability(np.array([cosine]))[0])
+
+
+def _people_evidence(directory: ModelDirectory) -> Callable[[np.ndarray], np.ndarray]:
+    """features float32[n, feature_dim] -> bool[n], whether people may be named."""
+    import torch
+
+    from vlm_ops.models.people import PeopleEvidence
+
+    weights = directory.weights("people")
+    evidence = directory.fill(PeopleEvidence(len(weights["mean"])), "people")
+
+    def shown(features: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return evidence(torch.from_numpy(features)).numpy() > 0
+
+    return shown
 
 
 def _likeliest(hypotheses: Sequence[Hypothesis]) -> Caption:

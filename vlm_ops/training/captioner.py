@@ -17,6 +17,7 @@ from vlm_ops.training.data import CaptionedImages
 from vlm_ops.training.pseudo_images import PseudoImages
 
 _CHUNK = 64
+_LEAST_SPREAD = 0.1  # of CIDEr-D over an image's sentences; below it, their differences are noise
 _MEAN_LENGTH = 10.0  # words; puts the loss of whole sentences on the scale of that of words
 
 
@@ -110,7 +111,9 @@ class CaptionerTask:
             self._reward.score(texts, np.repeat(images, count).tolist()).reshape(len(images), count)
         )
         others = (rewards.sum(1, keepdim=True) - rewards) / max(count - 1, 1)
-        advantage = (rewards - others).float().to(ids.device)
+        # A product's short sentence is right or wrong, and CIDEr-D ten or none: unscaled, products alone would count.
+        spread = rewards.std(1, keepdim=True, correction=0) + _LEAST_SPREAD
+        advantage = ((rewards - others) / spread).float().to(ids.device)
         return -(advantage * writer.log_probs(seen, ids)).mean() / _MEAN_LENGTH
 
     def validate(self, module: Any) -> float:

@@ -173,7 +173,10 @@ def _mixed_loss(
     n, device = len(first), text_vectors.device
     partner = rng.permutation(n)
     share = torch.from_numpy(rng.uniform(0.25, 0.75, (n, 1)).astype(np.float32)).to(device)
-    mixed = {name: share * values + (1 - share) * values[partner] for name, values in inputs.items()}
+    mixed = {
+        name: torch.lerp(values[partner].float(), values.float(), share.view(n, *[1] * (values.ndim - 1)))
+        for name, values in inputs.items()
+    }
     texts = share * text_vectors[first] + (1 - share) * text_vectors[last[partner]]
     logits = scale * model.project_images(mixed) @ F.normalize(texts, dim=1).T
     own = torch.arange(n, device=device)

@@ -119,6 +119,25 @@ def test_what_is_mixed_is_mixed_alike() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_pixels_are_mixed_as_features_are() -> None:
+    """Of eight images in eight rows of eight pixels, where a share could fall upon a column."""
+
+    class Means(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"features": pixels.float().flatten(1).matmul(weights), "embedding": pixels[:, 0, 0, :4].float()}
+
+    weights = torch.randn(192, 24, generator=torch.Generator().manual_seed(0)) / 100
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 3, 8, 8), np.uint8))
+    seeing, blind = DualEncoder(SHAPES, Means()).eval(), DualEncoder(SHAPES).eval()
+    blind.load_state_dict(seeing.state_dict())
+    rest = unit(8, 12, seed=1), np.arange(8), torch.tensor(7.0)
+    losses = [
+        _mixed_loss(model, inputs, *rest, np.random.default_rng(5))
+        for model, inputs in ((seeing, {"pixels": pixels}), (blind, Means()(pixels)))
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 def test_weights_of_the_losses_add_up() -> None:
     data = images()
     rng = np.random.default_rng(0)

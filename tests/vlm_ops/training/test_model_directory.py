@@ -46,7 +46,10 @@ def test_the_directory(tmp_path: Path) -> None:
 def test_the_card_tells_data_figures_and_recipe() -> None:
     text = render_card(CARD)
     assert text.startswith("# Matcher on compact:conse@1\n\nTrained by `beamsight train matcher` 1.2.")
-    assert "12 images with 30 captions from `train-00000.tar`, `more.tar`; validated on `val.tar`." in text
+    assert (
+        "12 images with 30 captions from `data/train-00000.tar`, `bucket/more.tar`; validated on `data/val.tar`."
+        in text
+    )
     assert "| AUC | 0.912 |\n| accuracy | 0.800 |" in text
     assert "| learning_rate | 0.001 |\n| seed | 3 |" in text
     assert "The licence of the weights follows from that of these data." in text

@@ -1,0 +1,26 @@
+"""Whether a picture shows people, so that no caption invents them.
+
+Most captions that a writer has learnt from speak of people, so that it sees them wherever it knows nothing else: on a
+shelf of lemons, for one. A linear classifier of the image's features has no such habit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class PeopleEvidence(nn.Module):
+    """features float32[n, feature_dim] -> float32[n]; above 0 where people may be named."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, feature_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(feature_dim))
+        self.register_buffer("std", torch.ones(feature_dim))
+        self.linear = nn.Linear(feature_dim, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear((features - self.mean) / self.std)[:, 0]
