@@ -244,6 +244,16 @@ _TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _WRITERS = ("compact", "cross-attention", "vision-encoder-decoder")
+# Flags that not every kind reads.
+_READ_BY = {
+    "text_model": ("dual-encoder", "matcher"),
+    "pseudo_weight": ("dual-encoder", "captioner"),
+    "mixing": ("dual-encoder",),
+    **dict.fromkeys(
+        ("writer", "language_model", "objective", "start", "num_beams", "num_judged", "label_margin", "min_word_count"),
+        ("captioner",),
+    ),
+}
 
 
 def parse_train(argv: Sequence[str]) -> TrainOptions:
@@ -264,6 +274,9 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     _add_workers(parser)
     parser.set_defaults(model=None)
     args = parser.parse_args(argv)
+    for name, kinds in _READ_BY.items():
+        if args.kind not in kinds and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for {' and '.join(kinds)}, and a {args.kind} does not read it; leave it out")
     for name, value in _TRAINING_DEFAULTS[args.kind].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -325,8 +338,6 @@ def _add_training_recipe(group: argparse._ArgumentGroup) -> None:
 
 
 def _check_writer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.kind != "captioner" and (args.writer != "compact" or args.language_model):
-        parser.error(f"--writer and --language_model are for captioners, not for a {args.kind}")
     if args.writer != "compact" and not args.language_model:
         parser.error(f"--writer {args.writer} needs --language_model, such as hf:gpt2")
     if args.writer == "compact" and args.language_model:
