@@ -26,6 +26,8 @@ _MAX_GRID = 1e4  # an infinity of a half-precision cache has no logarithm
 # How strongly long sentences are favoured: log-probabilities are divided by length to this power
 # (Wu et al., "Google's Neural Machine Translation System", 2016).
 _LENGTH_POWER = 0.8
+# Share of the images that go on, up to which copying those is cheaper than carrying the others along.
+_CROWDED = 0.8
 _WORD_SIZE = 0.04  # standard deviation of a word's numbers at the start
 
 
@@ -67,8 +69,8 @@ def split_words(caption: str) -> list[str]:
     return _WORD.findall(_PARTED.sub("'s", caption.lower()))
 
 
-# (past, last words, position) -> (log-probabilities of the next word, past with the last words)
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# (read, past, last words, position) -> (log-probabilities of the next word, past with the last words)
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -223,24 +225,27 @@ class CaptionDecoder(nn.Module):
     @torch.inference_mode()
     def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int = 5) -> list[list[Hypothesis]]:
         """The `num_beams` best sentences of each image, best first. One beam is greedy decoding."""
-        read = self.read(inputs)
-        return self.search(lambda *state: self.step(read, *state), len(inputs["features"]), num_beams)
+        return self.search(self.step, self.read(inputs), num_beams)
 
-    def search(self, step: Step, num_images: int, num_beams: int) -> list[list[Hypothesis]]:
+    def search(self, step: Step, read: torch.Tensor, num_beams: int) -> list[list[Hypothesis]]:
         """Beam search over all images at once. A sentence that has ended stays in its beam, and competes by its score with
         those that go on.
 
         Args:
-            step: (past, words, position) -> (log-probabilities, past), as `self.step` of what was read.
+            step: As `self.step`.
+            read: From `read`.
         """
-        if not num_images:
-            return []
         config, v, device = self.config, self.vocabulary, self.bias.device
-        past = self._no_past(num_images, 1)
-        words = torch.full((num_images, 1, 1), v.BEGIN, device=device)
-        totals, lengths = torch.zeros(num_images, 1, device=device), torch.zeros(num_images, 1, device=device)
+        n = len(read)
+        found: list[list[Hypothesis]] = [[] for _ in range(n)]
+        if not n:
+            return found
+        rows = torch.arange(n)  # images whose sentences go on
+        past = self._no_past(n, 1)
+        words = torch.full((n, 1, 1), v.BEGIN, device=device)
+        totals, lengths = torch.zeros(n, 1, device=device), torch.zeros(n, 1, device=device)
         for position in range(config.max_words + 1):
-            log_probs, past = step(past, words[:, :, -1], torch.tensor([position], device=device))
+            log_probs, past = step(read, past, words[:, :, -1], torch.tensor([position], device=device))
             log_probs[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
             if position == config.max_words:  # no room for another word
                 log_probs[:, :, v.END + 1 :] = -torch.inf
@@ -249,10 +254,19 @@ class CaptionDecoder(nn.Module):
             log_probs[..., v.END][ended] = 0.0
             beams, chosen, totals, lengths = _best(totals, lengths, log_probs, ended, num_beams)
             words = torch.cat([_pick(words, beams), chosen[:, :, None]], dim=2)
-            if bool((chosen == v.END).all()):
-                break
             past = _pick(past, beams)
-        return self._sentences(words[:, :, 1:], totals / lengths**_LENGTH_POWER)
+            goes_on = ((chosen != v.END) & (totals > -torch.inf)).any(dim=1)  # there may be fewer sentences than beams
+            if goes_on.float().mean() > _CROWDED:
+                continue
+            # Images whose sentences have all ended cost no more steps.
+            sentences = self._sentences(words[~goes_on, :, 1:], (totals / lengths**_LENGTH_POWER)[~goes_on])
+            for row, hypotheses in zip(rows[~goes_on.cpu()].tolist(), sentences, strict=True):
+                found[row] = hypotheses
+            if not goes_on.any():
+                break
+            rows = rows[goes_on.cpu()]
+            read, past, words, totals, lengths = (each[goes_on] for each in (read, past, words, totals, lengths))
+        return found
 
     def _no_past(self, num_images: int, count: int) -> torch.Tensor:
         config = self.config

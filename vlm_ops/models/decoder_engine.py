@@ -55,17 +55,16 @@ class DecoderEngine:
 
     def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int) -> list[list[Hypothesis]]:
         """As `CaptionDecoder.write`."""
-        num_images = len(inputs["features"])
-        if not num_images:
+        if not len(inputs["features"]):
             return []
         (read,) = self._read({name: inputs[name].numpy() for name in self._names})
+        return self._decoder.search(self._next_words, torch.from_numpy(read), num_beams)
 
-        def step(past: torch.Tensor, words: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            state = {"read": read, "past": past.numpy(), "words": words.numpy(), "position": position.numpy()}
-            log_probs, grown = self._step(state)
-            return torch.from_numpy(log_probs), torch.from_numpy(grown)
-
-        return self._decoder.search(step, num_images, num_beams)
+    def _next_words(self, *state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `CaptionDecoder.step`."""
+        names = ("read", "past", "words", "position")
+        log_probs, grown = self._step({name: each.numpy() for name, each in zip(names, state, strict=True)})
+        return torch.from_numpy(log_probs), torch.from_numpy(grown)
 
 
 class _Read(torch.nn.Module):
