@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_ops.models.captioner import Hypothesis
+from vlm_ops.models.standardised import Standardised
 
 _WORD = re.compile(r"[a-z0-9]+(?:['’-][a-z0-9]+)*(?:(?<=s)['’])?")
 _PARTED = re.compile(r"\s+['’]s\b")
@@ -98,20 +99,15 @@ class DecoderConfig:
     max_words: int = 20
 
 
-class CaptionDecoder(nn.Module):
+class CaptionDecoder(Standardised):
     """Inputs of n images: `features` float32[n, feature_dim], `grid` float[n, num_cells, grid_dim] and, where
     `embedding_dim` is not 0, `embedding` float32[n, embedding_dim]."""
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
+        super().__init__(config.feature_dim)
         self.config = config
         self.vocabulary = Vocabulary(config.words)
         width = config.width
-        self.register_buffer("mean", torch.zeros(config.feature_dim))
-        self.register_buffer("std", torch.ones(config.feature_dim))
         self.from_grid = nn.Linear(config.grid_dim, width)
         self.cell_position = nn.Parameter(torch.randn(config.num_cells, width) * 0.02)
         self.from_features = nn.Linear(config.feature_dim, width)
@@ -136,11 +132,6 @@ class CaptionDecoder(nn.Module):
         """The decoder's layers."""
         return [cast(_Block, block) for block in self.layers]
 
-    def standardise_by(self, features: torch.Tensor) -> None:
-        """Takes mean and standard deviation from the training features."""
-        self.mean.copy_(features.mean(0))
-        self.std.copy_(features.std(0) + 1e-3)
-
     def begin_with(self, vectors: np.ndarray) -> None:
         """Starts the words from what a text model knows of them: their main directions.
 
@@ -159,7 +150,7 @@ class CaptionDecoder(nn.Module):
         raw = inputs["grid"].float()
         # Feature maps have long tails; patch tokens of a transformer may be negative.
         grid = self.from_grid(raw.sign() * torch.log1p(raw.abs().clamp(max=_MAX_GRID)))
-        tokens = [grid + self.cell_position, self.from_features((inputs["features"] - self.mean) / self.std)[:, None]]
+        tokens = [grid + self.cell_position, self.from_features(self.standardised(inputs["features"]))[:, None]]
         if self.from_embedding is not None:
             scale = self.config.embedding_dim**0.5  # the embedding has norm 1; this gives each number size 1
             tokens.append(self.from_embedding(scale * inputs["embedding"])[:, None])

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlm_ops.models.standardised import Standardised
+
 # The base's own image–text embedding has norm 1; scaled, it weighs as much as standardised features.
 _EMBEDDING_SCALE = 10.0
 _TEMPERATURE = 0.07  # of the soft maximum: of 0.03, 0.05 and 0.07 the best on flickr8k/dev
@@ -41,30 +43,20 @@ class HeadsConfig:
     image_bank: int = 1024
 
 
-class ImageHead(nn.Module):
+class ImageHead(Standardised):
     """(features float32[n, feature_dim], embedding float32[n, base_embedding_dim] or None) -> float32[n, text_dim],
     L2-normalised: a linear skip plus one hidden layer, on standardised features."""
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, config: HeadsConfig) -> None:
-        super().__init__()
+        super().__init__(config.feature_dim)
         width = config.feature_dim + config.base_embedding_dim
-        self.register_buffer("mean", torch.zeros(config.feature_dim))
-        self.register_buffer("std", torch.ones(config.feature_dim))
         self.dropout = nn.Dropout(config.dropout)
         self.skip = nn.Linear(width, config.text_dim)
         self.hidden = nn.Linear(width, config.hidden_dim)
         self.out = nn.Linear(config.hidden_dim, config.text_dim)
 
-    def standardise_by(self, features: torch.Tensor) -> None:
-        """Takes mean and standard deviation from the training features."""
-        self.mean.copy_(features.mean(0))
-        self.std.copy_(features.std(0) + 1e-3)
-
     def forward(self, features: torch.Tensor, embedding: torch.Tensor | None = None) -> torch.Tensor:
-        x = (features - self.mean) / self.std
+        x = self.standardised(features)
         if embedding is not None:
             x = torch.cat([x, _EMBEDDING_SCALE * embedding], dim=1)
         x = self.dropout(x)

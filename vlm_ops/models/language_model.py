@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from vlm_ops.models import huggingface
 from vlm_ops.models.captioner import Hypothesis
+from vlm_ops.models.standardised import Standardised
 from vlm_ops.preprocessing import Preprocessing
 
 TOKENIZER = "tokenizer"
@@ -180,7 +181,7 @@ class CrossAttentionConfig:
     max_tokens: int = 30
 
 
-class CrossAttentionWriter(_LanguageModelWriter):
+class CrossAttentionWriter(Standardised, _LanguageModelWriter):
     """A language model that reads what a base model makes of images: each cell of the grid, the pooled features and
     the embedding become a visual token.
 
@@ -194,36 +195,26 @@ class CrossAttentionWriter(_LanguageModelWriter):
         ValueError: See above, or the language model was made without cross-attention.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, config: CrossAttentionConfig, language_model: Any, tokenizer: Any) -> None:
         if not getattr(language_model.config, "add_cross_attention", False):
             raise ValueError(
                 f"{type(language_model).__name__} was made without cross-attention and cannot read images; load it by "
                 "load_language_model, or set add_cross_attention in its configuration"
             )
-        super().__init__(language_model, tokenizer, None, config.max_tokens)
+        super().__init__(config.feature_dim, language_model, tokenizer, None, config.max_tokens)
         self.config = config
         width = language_model.config.hidden_size
-        self.register_buffer("mean", torch.zeros(config.feature_dim))
-        self.register_buffer("std", torch.ones(config.feature_dim))
         self.from_grid = nn.Linear(config.grid_dim, width)
         self.cell_position = nn.Parameter(torch.randn(config.num_cells, width) * 0.02)
         self.from_features = nn.Linear(config.feature_dim, width)
         self.from_embedding = nn.Linear(config.embedding_dim, width) if config.embedding_dim else None
         self.memory_norm = nn.LayerNorm(width)
 
-    def standardise_by(self, features: torch.Tensor) -> None:
-        """Takes mean and standard deviation from the training features."""
-        self.mean.copy_(features.mean(0))
-        self.std.copy_(features.std(0) + 1e-3)
-
     def memory(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """float32[n, num_cells + 1 or 2, width]."""
         grid = inputs["grid"].float()  # of a CNN not negative, of a transformer of either sign
         grid = self.from_grid(grid.sign() * torch.log1p(grid.abs().clamp(max=_MAX_GRID)))
-        tokens = [grid + self.cell_position, self.from_features((inputs["features"] - self.mean) / self.std)[:, None]]
+        tokens = [grid + self.cell_position, self.from_features(self.standardised(inputs["features"]))[:, None]]
         if self.from_embedding is not None:
             scale = self.config.embedding_dim**0.5  # the embedding has norm 1; this gives each number size 1
             tokens.append(self.from_embedding(scale * inputs["embedding"])[:, None])

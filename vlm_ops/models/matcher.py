@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlm_ops.models.standardised import Standardised
+
 
 @dataclass(frozen=True)
 class MatcherConfig:
@@ -29,20 +31,15 @@ class MatcherConfig:
     dropout: float = 0.3
 
 
-class Matcher(nn.Module):
+class Matcher(Standardised):
     """(image, text) pairs -> logits of their matching.
 
     Args:
         image_backbone, text_backbone: The models below, where they are fine-tuned.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, config: MatcherConfig, image_backbone: Any = None, text_backbone: Any = None) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(config.feature_dim))
-        self.register_buffer("std", torch.ones(config.feature_dim))
+        super().__init__(config.feature_dim)
         self.from_image = nn.Linear(config.feature_dim, config.width)
         self.from_text = nn.Linear(config.text_dim, config.width)
         self.norm = nn.LayerNorm(2 * config.width)
@@ -54,17 +51,12 @@ class Matcher(nn.Module):
         self.text_backbone = text_backbone
         self._text_scale = config.text_dim**0.5  # vectors have norm 1; this gives each number size 1
 
-    def standardise_by(self, features: torch.Tensor) -> None:
-        """Takes mean and standard deviation from the training features."""
-        self.mean.copy_(features.mean(0))
-        self.std.copy_(features.std(0) + 1e-3)
-
     def image_vectors(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """`pixels`, or `features` -> float32[n, width]."""
         features = (
             inputs["features"] if self.image_backbone is None else self.image_backbone(inputs["pixels"])["features"]
         )
-        return self.from_image(self.dropout((features - self.mean) / self.std))
+        return self.from_image(self.dropout(self.standardised(features)))
 
     def text_vectors(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """`ids` and `mask`, or `vectors` -> float32[m, width]."""

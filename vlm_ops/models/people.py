@@ -9,18 +9,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vlm_ops.models.standardised import Standardised
 
-class PeopleEvidence(nn.Module):
+
+class PeopleEvidence(Standardised):
     """features float32[n, feature_dim] -> float32[n]; above 0 where people may be named."""
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, feature_dim: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(feature_dim))
-        self.register_buffer("std", torch.ones(feature_dim))
+        super().__init__(feature_dim)
         self.linear = nn.Linear(feature_dim, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear((features - self.mean) / self.std)[:, 0]
+        return self.linear(self.standardised(features))[:, 0]

@@ -25,8 +25,7 @@ def fit_people(data: CaptionedImages, validation: CaptionedImages) -> PeopleEvid
     if min(int(targets.sum()), int((1 - targets).sum()), len(shown)) < _FEW:
         return None
     evidence = PeopleEvidence(features.shape[1])
-    evidence.mean.copy_(features.mean(0))
-    evidence.std.copy_(features.std(0) + 1e-3)
+    evidence.standardise_by(features)
     torch.nn.init.zeros_(evidence.linear.weight)
     torch.nn.init.zeros_(evidence.linear.bias)
     optimizer = torch.optim.LBFGS(evidence.parameters(), max_iter=100, line_search_fn="strong_wolfe")
