@@ -62,7 +62,7 @@ class MatcherTask:
         chosen = self._data.draw_captions(images, config.captions_per_image, rng)
         owners = np.repeat(np.arange(len(images)), [len(each) for each in chosen])
         distinct, place = np.unique(np.concatenate(chosen), return_inverse=True)
-        image_vectors = self.module.image_vectors(self._data.image_inputs(images, device))
+        image_vectors = self.module.image_vectors(self._data.drawn_inputs(images, rng, device))
         text_vectors = self.module.text_vectors(self._data.text_inputs(distinct, device))
         # A caption is no negative of an image that has it as well.
         captions = [set(self._data.captions[image]) for image in images]

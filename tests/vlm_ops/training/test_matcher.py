@@ -97,6 +97,21 @@ def test_hard_negatives_are_the_likeliest_of_their_candidates() -> None:
     assert np.array_equal(hard, expected)
 
 
+def test_images_are_mirrored_where_they_are_known_so() -> None:
+    plain = images()
+    mirrored = {name: values + 100 for name, values in plain.images.items()}
+    data = CaptionedImages(plain.images, plain.captions, plain.sentences, plain.texts, mirrored)
+    matcher = Matcher(SHAPES)
+    task = MatcherTask(matcher, data, images(6), MatchingConfig())
+    seen: list[torch.Tensor] = []
+    matcher.image_vectors = lambda inputs: seen.append(inputs["features"]) or Matcher.image_vectors(matcher, inputs)  # type: ignore[method-assign]
+    task.loss(np.arange(40), np.random.default_rng(0))
+    turned = seen[0][:, 0].numpy() > 50
+    assert 10 < turned.sum() < 30
+    expected = np.where(turned[:, None], mirrored["features"], plain.images["features"])
+    np.testing.assert_array_equal(seen[0].numpy(), expected)
+
+
 def test_an_image_that_has_all_captions_has_no_negatives() -> None:
     is_own = np.array([[True, True], [True, False]])
     rows, columns = _drawn(is_own, np.array([0, 1, 1]), 3, np.random.default_rng(0))
