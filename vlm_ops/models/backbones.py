@@ -128,6 +128,19 @@ class BackboneTextModel:
         return self._forward(self._tokenize(texts))[0]
 
 
+def tokenizer_of(tokenizer: Any) -> Tokenizer:
+    """The `Tokenizer` that a `tokenizers.Tokenizer` is, once it was told to cut and to pad."""
+
+    def tokenize(texts: Sequence[str]) -> dict[str, np.ndarray]:
+        encodings = tokenizer.encode_batch(list(texts))
+        return {
+            "ids": np.array([encoding.ids for encoding in encodings], np.int64),
+            "mask": np.array([encoding.attention_mask for encoding in encodings], np.int64),
+        }
+
+    return tokenize
+
+
 def make_forward(
     name: str,
     load: Callable[[], Any],

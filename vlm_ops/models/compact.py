@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from vlm_ops.models import ImageModel, ModelInfo, TextModel, Tokenizer, directory
-from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel
+from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel, tokenizer_of
 from vlm_ops.models.onnx_engine import cached_file
 from vlm_ops.preprocessing import Preprocessing
 
@@ -89,15 +89,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_file(str(_minilm_dir() / "tokenizer.json"))
     tokenizer.enable_truncation(_MAX_TOKENS)
     tokenizer.enable_padding()
-
-    def tokenize(texts: Sequence[str]) -> dict[str, np.ndarray]:
-        encodings = tokenizer.encode_batch(list(texts))
-        return {
-            "ids": np.array([encoding.ids for encoding in encodings], np.int64),
-            "mask": np.array([encoding.attention_mask for encoding in encodings], np.int64),
-        }
-
-    return tokenize
+    return tokenizer_of(tokenizer)
 
 
 @lru_cache(maxsize=1)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm_ops.models import ImageBackbone, ModelInfo, TextBackbone, Tokenizer
-from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel, sha256_of
+from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel, sha256_of, tokenizer_of
 from vlm_ops.preprocessing import Preprocessing
 
 # The `model_type`s that are known to work; each gives `last_hidden_state` as this module reads it.
@@ -166,15 +166,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
     tokenizer.enable_truncation(_max_tokens(directory, config))
     tokenizer.enable_padding(pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id) or "[PAD]")
-
-    def tokenize(texts: Sequence[str]) -> dict[str, np.ndarray]:
-        encodings = tokenizer.encode_batch(list(texts))
-        return {
-            "ids": np.array([encoding.ids for encoding in encodings], np.int64),
-            "mask": np.array([encoding.attention_mask for encoding in encodings], np.int64),
-        }
-
-    return tokenize
+    return tokenizer_of(tokenizer)
 
 
 def read_preprocessing(processor: Any) -> Preprocessing:
