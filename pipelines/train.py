@@ -25,6 +25,7 @@ from vlm_ops.models import (
     load_text_backbone,
     load_text_model,
     load_tokenizer,
+    require_text_side,
     resolve_device,
 )
 from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig
@@ -132,8 +133,8 @@ def _check_models(options: TrainOptions) -> None:
         ValueError: A spec is unknown, or a side is missing.
     """
     describe_model(options.model)
-    if options.kind != "captioner" and not describe_model(options.text_model).encodes_text:
-        raise ValueError(f"model {options.text_model!r} has no text side; name a model that has one with --text_model")
+    if options.kind != "captioner":
+        require_text_side(options.text_model, "name a model that has one with --text_model")
     if options.writer == "vision-encoder-decoder" and options.finetune:
         raise ValueError("--writer vision-encoder-decoder is always trained as one; leave out --finetune")
     heads = DecoderConfig.num_heads

@@ -197,6 +197,14 @@ def describe_model(spec: str) -> ModelInfo:
     return _family(spec).describe(spec)
 
 
+def require_text_side(spec: str, remedy: str = "name one that has, such as 'compact'") -> None:
+    """Raises:
+    ValueError: The spec is unknown, or has no text side; the message ends with the remedy.
+    """
+    if not describe_model(spec).encodes_text:
+        raise ValueError(f"model {spec!r} has no text side; {remedy}")
+
+
 def load_image_model(spec: str, device: str = "auto", outputs: frozenset[str] | None = None) -> ImageModel:
     """Loads the image side of a model.
 
@@ -221,8 +229,7 @@ def load_text_model(spec: str, device: str = "cpu") -> TextModel:
     Raises:
         ValueError: The spec is unknown, has no text side, or the device is not there.
     """
-    if not describe_model(spec).encodes_text:
-        raise ValueError(f"model {spec!r} has no text side; name one that has, such as 'compact'")
+    require_text_side(spec)
     return _family(spec).load_text_model(spec, resolve_device(device))
 
 
@@ -241,8 +248,7 @@ def load_text_backbone(spec: str) -> TextBackbone:
     Raises:
         ValueError: The spec is unknown, has no text side, or its family cannot be trained further.
     """
-    if not describe_model(spec).encodes_text:
-        raise ValueError(f"model {spec!r} has no text side; name one that has, such as 'compact'")
+    require_text_side(spec)
     return _trainable(spec, "load_text_backbone")(spec)
 
 
