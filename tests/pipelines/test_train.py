@@ -316,6 +316,8 @@ def test_a_family_of_another_package_is_finetuned(kind: str, corpus: Path, tmp_p
         assert len(encoding.captions) == 4
     else:
         assert model.match(encoding, [0, 1], ["crimson thing", "lime thing"]).shape == (2,)  # type: ignore[attr-defined]
+    vectors = [load_text_model(spec).encode_texts(["lime thing"]) for spec in (info.spec, TOY)]
+    assert np.array_equal(*vectors) == (kind != "dual-encoder")  # whose texts are its own
 
 
 # --- captioners -----------------------------------------------------------------------------------

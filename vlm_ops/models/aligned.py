@@ -2,69 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vlm_ops.models import ImageEncoding, ImageModel, ModelInfo, TextModel, load_tokenizer
-from vlm_ops.models import load_image_model as load_base_model
-from vlm_ops.models import load_text_model as load_base_text_model
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel
-from vlm_ops.models.directory import ModelDirectory
+from vlm_ops.models.directory import OF_BACKBONES, ModelDirectory
 
 _EXTRA_DIMS = 4  # in which the crowding stands
 
 
-# What a backbone gives of an image, and so what is left of a base once there are heads on it or it was fine-tuned.
-_OF_BACKBONES = frozenset({"features", "grid", "labels", "embedding"})
-
-
 def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
-    produces = directory.base.produces & _OF_BACKBONES | {"embedding", "match"}
+    produces = directory.base.produces & OF_BACKBONES | {"embedding", "match"}
     return ModelInfo(spec, directory.revision, produces)
 
 
 def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
     # A calibrated cosine is all there is to a match.
     encoded = (outputs - {"match"}) | ({"embedding"} if "match" in outputs else set())
-    model = backbone_image_model(directory, info, lambda: image_backbone(directory), device, encoded)
+    model = directory.backbone_image_model(info, lambda: image_backbone(directory), device, encoded)
     if "match" not in outputs:
         return model
-    return CosineMatcher(model, load_text_model(directory, info, device), directory.config["calibration"])
+    return CosineMatcher(model, text_model(directory, info, device), directory.config["calibration"])
 
 
-def backbone_image_model(
-    directory: ModelDirectory, info: ModelInfo, load: Callable[[], Any], device: str, outputs: frozenset[str]
-) -> BackboneImageModel:
-    """An image model over a directory's own backbone, with the preprocessing and the class names of its base."""
-    base = load_base_model(directory.base.spec, device, frozenset())
-    return BackboneImageModel(info, base.preprocessing, load, device, outputs, base.label_names)
-
-
-def produced_below(directory: ModelDirectory) -> frozenset[str]:
-    """What `load_image_below` can give."""
-    produces = directory.base.produces
-    return produces & _OF_BACKBONES if "image" in directory.config["finetuned"] else produces
-
-
-def load_image_below(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
-    """The base's image model under the name of what stands on it; as it was fine-tuned, where it was."""
-    if "image" in directory.config["finetuned"]:
-        return backbone_image_model(directory, info, directory.base_image_backbone, device, outputs)
-    model = load_base_model(directory.base.spec, device, outputs)
-    model.info = info
-    return model
-
-
-def load_text_below(directory: ModelDirectory, info: ModelInfo, device: str) -> TextModel:
-    """The base's text model under the name of what stands on it."""
-    model = load_base_text_model(directory.base.spec, device)
-    model.info = info
-    return model
-
-
-def load_text_model(directory: ModelDirectory, info: ModelInfo, device: str) -> TextModel:
+def text_model(directory: ModelDirectory, info: ModelInfo, device: str) -> TextModel:
     tokenize = load_tokenizer(directory.text_base.spec)
     return BackboneTextModel(info, tokenize, lambda: text_backbone(directory), device)
 

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 # Small: a batch whose activations stay in the cache is up to twice as fast a image as one of 32.
 _CPU_BATCH = 4
 _TEXT_BATCH = 64
-# Where an encoding holds what a backbone gives.
-_FIELDS = {"features": "features", "grid": "grid", "labels": "probabilities", "embedding": "embeddings"}
+# What a backbone gives of an image, and where an encoding holds it.
+FIELDS = {"features": "features", "grid": "grid", "labels": "probabilities", "embedding": "embeddings"}
 
 Arrays = Mapping[str, np.ndarray]
 Forward = Callable[[Arrays], Sequence[np.ndarray]]
@@ -56,7 +56,7 @@ class BackboneImageModel:
         self.info = info
         self.preprocessing = preprocessing
         self.label_names = label_names
-        made = tuple(name for name in _FIELDS if name in info.produces)
+        made = tuple(name for name in FIELDS if name in info.produces)
         self._names = tuple(name for name in made if name in outputs)
         self._batch_size = _CPU_BATCH if device == "cpu" else None
         if not self._names:  # wanted for its preprocessing alone
@@ -83,7 +83,7 @@ class BackboneImageModel:
         step = self._batch_size or len(pixels)
         chunks = [np.ascontiguousarray(pixels[start : start + step]) for start in range(0, len(pixels), step)]
         outputs = zip(*(self._forward({"pixels": chunk}) for chunk in chunks), strict=True)
-        return {_FIELDS[name]: np.concatenate(parts) for name, parts in zip(self._names, outputs, strict=True)}
+        return {FIELDS[name]: np.concatenate(parts) for name, parts in zip(self._names, outputs, strict=True)}
 
 
 class BackboneTextModel:

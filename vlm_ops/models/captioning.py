@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlm_ops.mentions import names_people
-from vlm_ops.models import Caption, ImageEncoding, ImageModel, ModelInfo, TextModel
-from vlm_ops.models.aligned import CosineMatcher, load_image_below, load_text_below, produced_below
+from vlm_ops.models import Caption, ImageEncoding, ImageModel, ModelInfo
+from vlm_ops.models.aligned import CosineMatcher
+from vlm_ops.models.backbones import FIELDS
 from vlm_ops.models.directory import ModelDirectory
 from vlm_ops.models.onnx_engine import cached_file
 from vlm_ops.sentences import class_sentence
@@ -28,21 +29,16 @@ if TYPE_CHECKING:
     from vlm_ops.models.captioner import Hypothesis
 
 _LABELS = 3  # of the likeliest classes, how many speak
-_FIELDS = {"features": "features", "grid": "grid", "embedding": "embeddings"}
 
 
 def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
-    return ModelInfo(spec, directory.revision, produced_below(directory) | {"caption"}, directory.base.encodes_text)
+    return ModelInfo(spec, directory.revision, directory.base_produces | {"caption"}, directory.base.encodes_text)
 
 
 def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
     if "caption" not in outputs:
-        return load_image_below(directory, info, device, outputs)
+        return directory.base_image_model(info, device, outputs)
     return CaptioningImageModel(directory, info, device, outputs)
-
-
-def load_text_model(directory: ModelDirectory, info: ModelInfo, device: str) -> TextModel:
-    return load_text_below(directory, info, device)
 
 
 class CaptioningImageModel:
@@ -57,9 +53,9 @@ class CaptioningImageModel:
         self._writer = load_writer(directory, device)
         self._reads = tuple(directory.config["reads"])  # of the encoding; nothing where it sees the pixels
         judged = {"match", "labels", "embedding", *(["features"] if directory.config["knows_people"] else [])}
-        needed = {*self._reads, *(judged & produced_below(directory))}
+        needed = {*self._reads, *(judged & directory.base_produces)}
         self._outputs = outputs
-        self._base = load_image_below(directory, info, device, (outputs - {"caption"}) | needed)
+        self._base = directory.base_image_model(info, device, (outputs - {"caption"}) | needed)
         self.preprocessing = self._base.preprocessing
         self.label_names = self._base.label_names
         self._num_beams = directory.config["num_beams"]
@@ -70,7 +66,7 @@ class CaptioningImageModel:
 
     def encode_images(self, pixels: np.ndarray) -> ImageEncoding:
         encoding = self._base.encode_images(pixels)
-        inputs = {name: getattr(encoding, _FIELDS[name]) for name in self._reads} or {"pixels": pixels}
+        inputs = {name: getattr(encoding, FIELDS[name]) for name in self._reads} or {"pixels": pixels}
         written = self._write(inputs)
         captions = self._judge(encoding, written) if self._judge else [_likeliest(each) for each in written]
         # The grid is large, and nobody asked for it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -25,17 +26,24 @@ from vlm_ops.models import (
     describe_model,
 )
 from vlm_ops.models import load_image_backbone as load_backbone_below
+from vlm_ops.models import load_image_model as load_image_model_below
 from vlm_ops.models import load_text_backbone as load_text_backbone_below
+from vlm_ops.models import load_text_model as load_text_model_below
 from vlm_ops.models import load_tokenizer as load_tokenizer_below
+from vlm_ops.models.backbones import FIELDS, BackboneImageModel
 
 CONFIG, WEIGHTS, CARD, CURVES = "config.json", "model.safetensors", "README.md", "curves.svg"
-# What loads each kind: modules with `describe`, `load_image_model`, `load_text_model` and, where the kind changes
-# what an image or a text becomes, `image_backbone` and `text_backbone`.
+# What loads each kind: modules with `describe`, `load_image_model` and, where the kind changes what an image or a text
+# becomes, `image_backbone`, `text_model` and `text_backbone`.
 _KINDS = {
     "dual-encoder": "vlm_ops.models.aligned",
     "captioner": "vlm_ops.models.captioning",
     "matcher": "vlm_ops.models.matching",
 }
+
+
+# What is left of a base once there are heads on it or it was fine-tuned.
+OF_BACKBONES = frozenset(FIELDS)
 
 
 class ModelDirectory:
@@ -94,6 +102,33 @@ class ModelDirectory:
         module.load_state_dict(self.weights(part))
         return module.eval()
 
+    @property
+    def base_produces(self) -> frozenset[str]:
+        """What `base_image_model` can give."""
+        produces = self.base.produces
+        return produces & OF_BACKBONES if "image" in self.config["finetuned"] else produces
+
+    def base_image_model(self, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
+        """The base's image model under the name of what stands on it; as it was fine-tuned, where it was."""
+        if "image" in self.config["finetuned"]:
+            return self.backbone_image_model(info, self.base_image_backbone, device, outputs)
+        model = load_image_model_below(self.base.spec, device, outputs)
+        model.info = info
+        return model
+
+    def backbone_image_model(
+        self, info: ModelInfo, load: Callable[[], Any], device: str, outputs: frozenset[str]
+    ) -> BackboneImageModel:
+        """An image model over a backbone of one's own, with the preprocessing and the class names of the base."""
+        base = load_image_model_below(self.base.spec, device, frozenset())
+        return BackboneImageModel(info, base.preprocessing, load, device, outputs, base.label_names)
+
+    def base_text_model(self, info: ModelInfo, device: str) -> TextModel:
+        """The base's text model under the name of what stands on it."""
+        model = load_text_model_below(self.base.spec, device)
+        model.info = info
+        return model
+
     def base_image_backbone(self) -> Any:
         """The image side of the base; as it was fine-tuned, where it was."""
         backbone = load_backbone_below(self.base.spec)
@@ -151,8 +186,10 @@ def load_image_model_at(path: Path, info: ModelInfo, device: str, outputs: froze
 
 
 def load_text_model_at(path: Path, info: ModelInfo, device: str) -> TextModel:
+    """That of the kind, where it changes what a text becomes; else that of the base."""
     directory = ModelDirectory(path)
-    return _kind(directory).load_text_model(directory, info, device)
+    own = getattr(_kind(directory), "text_model", None)
+    return own(directory, info, device) if own else directory.base_text_model(info, device)
 
 
 def load_image_backbone_at(path: Path) -> ImageBackbone:

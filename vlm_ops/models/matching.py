@@ -7,24 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from vlm_ops.models import ImageEncoding, ImageModel, ModelInfo, TextModel, load_tokenizer
-from vlm_ops.models import load_text_model as load_base_text_model
-from vlm_ops.models.aligned import load_image_below, load_text_below, probability, produced_below
+from vlm_ops.models import ImageEncoding, ImageModel, ModelInfo, load_text_model, load_tokenizer
+from vlm_ops.models.aligned import probability
 from vlm_ops.models.directory import ModelDirectory
 
 
 def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
-    return ModelInfo(spec, directory.revision, produced_below(directory) | {"match"}, directory.base.encodes_text)
+    return ModelInfo(spec, directory.revision, directory.base_produces | {"match"}, directory.base.encodes_text)
 
 
 def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
     if "match" not in outputs:
-        return load_image_below(directory, info, device, outputs)
+        return directory.base_image_model(info, device, outputs)
     return MatcherImageModel(directory, info, device, outputs)
-
-
-def load_text_model(directory: ModelDirectory, info: ModelInfo, device: str) -> TextModel:
-    return load_text_below(directory, info, device)
 
 
 class MatcherImageModel:
@@ -34,7 +29,7 @@ class MatcherImageModel:
         import torch
 
         self.info = info
-        below = load_image_below(directory, info, device, (outputs - {"match"}) | {"features"})
+        below = directory.base_image_model(info, device, (outputs - {"match"}) | {"features"})
         self.preprocessing = below.preprocessing
         self.label_names = below.label_names
         self.encode_images = below.encode_images
@@ -61,7 +56,7 @@ def _text_inputs(directory: ModelDirectory, device: str) -> Callable[[Sequence[s
     """What the matcher takes for texts: tokens where its text model was fine-tuned, vectors where it was not."""
     if "text" in directory.config["finetuned"]:
         return load_tokenizer(directory.text_base.spec)
-    texts_below = load_base_text_model(directory.text_base.spec, device)
+    texts_below = load_text_model(directory.text_base.spec, device)
     return lambda texts: {"vectors": texts_below.encode_texts(texts)}
 
 
