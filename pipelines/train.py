@@ -253,7 +253,9 @@ def train_matcher(options: TrainOptions, data: CaptionedImages, validation: Capt
         backbones = _finetuned(trained)
         trained.image_backbone = trained.text_backbone = None
         description = {"shapes": asdict(shapes), "calibration": asdict(calibration)}
-        return {"matcher": trained, **backbones}, description, matching_figures(calibration(scores), targets)
+        # In double precision, in which those near 0 and 1 stay apart.
+        probabilities = calibration(scores.astype(np.float64))
+        return {"matcher": trained, **backbones}, description, matching_figures(probabilities, targets)
 
     return Training(task, finish)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from vlm_ops.models import ImageEncoding, ImageModel, ModelInfo, TextModel, load_tokenizer
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel
+from vlm_ops.models.calibration import Calibration
 from vlm_ops.models.directory import OF_BACKBONES, ModelDirectory
 
 _EXTRA_DIMS = 4  # in which the crowding stands
@@ -25,7 +26,7 @@ def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, ou
     model = directory.backbone_image_model(info, lambda: image_backbone(directory), device, encoded)
     if "match" not in outputs:
         return model
-    return CosineMatcher(model, text_model(directory, info, device), directory.config["calibration"])
+    return CosineMatcher(model, text_model(directory, info, device), Calibration(**directory.config["calibration"]))
 
 
 def text_model(directory: ModelDirectory, info: ModelInfo, device: str) -> TextModel:
@@ -37,7 +38,7 @@ class CosineMatcher:
     """A dual encoder that also says how likely a text describes an image: the calibrated cosine,
     sigmoid(scale * cosine + bias)."""
 
-    def __init__(self, model: BackboneImageModel, texts: TextModel, calibration: dict[str, float]) -> None:
+    def __init__(self, model: BackboneImageModel, texts: TextModel, calibration: Calibration) -> None:
         self.info = model.info
         self.preprocessing = model.preprocessing
         self.label_names = model.label_names
@@ -57,12 +58,7 @@ class CosineMatcher:
 
     def probability(self, cosines: np.ndarray) -> np.ndarray:
         """float32[m] in [0, 1]."""
-        return probability(cosines, self._calibration)
-
-
-def probability(scores: np.ndarray, calibration: dict[str, float]) -> np.ndarray:
-    """float32[n] in [0, 1]."""
-    return (1 / (1 + np.exp(-(calibration["scale"] * scores + calibration["bias"])))).astype(np.float32)
+        return self._calibration(cosines).astype(np.float32)
 
 
 def image_backbone(directory: ModelDirectory) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlm_ops.models import ImageEncoding, ImageModel, ModelInfo, load_text_model, load_tokenizer
-from vlm_ops.models.aligned import probability
+from vlm_ops.models.calibration import Calibration
 from vlm_ops.models.directory import ModelDirectory
 
 
@@ -35,7 +35,7 @@ class MatcherImageModel:
         self.encode_images = below.encode_images
         self._matcher = _load_matcher(directory).to(device)
         self._encode = _text_inputs(directory, device)
-        self._calibration = directory.config["calibration"]
+        self._calibration = Calibration(**directory.config["calibration"])
         self._torch, self._device = torch, device
 
     def match(self, encoding: ImageEncoding, rows: Sequence[int], texts: Sequence[str]) -> np.ndarray:
@@ -46,7 +46,7 @@ class MatcherImageModel:
             images = self._matcher.image_vectors({"features": self._tensor(encoding.features[list(rows)])})
             inputs = {name: self._tensor(values) for name, values in self._encode(texts).items()}
             logits = self._matcher(images, self._matcher.text_vectors(inputs)).float().cpu().numpy()
-        return probability(logits, self._calibration)
+        return self._calibration(logits)
 
     def _tensor(self, values: np.ndarray) -> Any:
         return self._torch.from_numpy(np.ascontiguousarray(values)).to(self._device)

@@ -1,23 +1,12 @@
-"""Scores -> probabilities (Platt, "Probabilistic Outputs for Support Vector Machines", 1999)."""
+"""Finds what turns scores into probabilities (Platt, "Probabilistic Outputs for Support Vector Machines", 1999)."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class Calibration:
-    """probability = sigmoid(scale * score + bias), for as many matching as other pairs."""
-
-    scale: float
-    bias: float
-
-    def __call__(self, scores: np.ndarray) -> np.ndarray:
-        return 1 / (1 + np.exp(-(self.scale * np.asarray(scores, np.float64) + self.bias)))
+from vlm_ops.models.calibration import Calibration
 
 
 def calibrate(scores: np.ndarray, targets: np.ndarray) -> Calibration:

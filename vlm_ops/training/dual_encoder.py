@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_ops.metrics import RECALL_AT, area_under_curve, image_to_text_ranks, recall_at, text_to_image_ranks
+from vlm_ops.models.calibration import Calibration
 from vlm_ops.models.dual_encoder import DualEncoder
-from vlm_ops.training.calibration import Calibration, calibrate
+from vlm_ops.training.calibration import calibrate
 from vlm_ops.training.data import CaptionedImages, caption_owners, features_at_the_start, labelled_pairs
 from vlm_ops.training.pseudo_images import PseudoImages
 

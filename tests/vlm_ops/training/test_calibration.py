@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlm_ops.training.calibration import Calibration, calibrate
+from vlm_ops.models.calibration import Calibration
+from vlm_ops.training.calibration import calibrate
 
 
 @pytest.mark.parametrize(("scale", "bias"), [(6.0, -2.0), (1.5, 0.5), (-3.0, 1.0), (40.0, -10.0)])
