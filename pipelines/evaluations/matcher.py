@@ -13,10 +13,10 @@ from pipelines.matching import load_matching_model, match_pairs, require_match
 from pipelines.options import EvaluateOptions
 from vlm_ops.metrics import Estimate, area_under_curve, bootstrap
 from vlm_ops.models import ImageEncoding, describe_model
+from vlm_ops.pairs import NO_IMAGE, other_images
 
 # What is kept of an image for the model to match: op, column and where an encoding holds it.
 _KEPT = (("features", "features", "features"), ("embedding", "image_embedding", "embeddings"))
-_SEED = 0
 
 
 def measure(options: EvaluateOptions) -> Evaluation:
@@ -81,15 +81,10 @@ def draw_pairs(captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarra
     Returns:
         The captions' own images, the others, and the captions.
     """
-    rng = np.random.default_rng(_SEED)
-    pairs: list[tuple[int, int, str]] = []
-    for owner, own in enumerate(captions):
-        for text in own:
-            # From an image drawn at random, on to the next one that fits.
-            drawn = owner + int(rng.integers(1, max(len(captions), 2)))
-            candidates = ((drawn + step) % len(captions) for step in range(len(captions)))
-            other = next((image for image in candidates if text not in captions[image]), None)
-            if other is not None:
-                pairs.append((owner, other, text))
-    images = np.array([pair[:2] for pair in pairs], np.int64).reshape(-1, 2)
-    return images[:, 0], images[:, 1], [text for _, _, text in pairs]
+    texts = [text for own in captions for text in own]
+    owners = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
+    numbers: dict[str, int] = {}
+    captions_by_text = np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
+    others = other_images(owners, captions_by_text, len(captions))
+    kept = np.flatnonzero(others != NO_IMAGE)
+    return owners[kept], others[kept], [texts[i] for i in kept]

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlm_ops.pairs import NO_IMAGE, other_images
+
 _CHUNK = 64
-_NOBODY = -1
 _SEEN_FIRST = 256  # images by which the features of a backbone are known well enough to be standardised
 
 
@@ -111,15 +112,8 @@ def labelled_pairs(data: CaptionedImages, seed: int = 0) -> tuple[np.ndarray, np
         ValueError: All images have the same captions.
     """
     owners, rows = caption_owners(data)
-    rng = np.random.default_rng(seed)
-    others = (owners + rng.integers(1, max(len(data), 2), len(owners))) % len(data)
-    num_sentences = len(data.sentences)
-    is_own = np.isin(others * num_sentences + rows, owners * num_sentences + rows)
-    for row in np.unique(rows[is_own]):
-        places = np.flatnonzero(is_own & (rows == row))
-        without = np.setdiff1d(np.arange(len(data)), owners[rows == row])
-        others[places] = rng.choice(without, len(places)) if len(without) else _NOBODY
-    kept = others != _NOBODY
+    others = other_images(owners, rows, len(data), seed)
+    kept = others != NO_IMAGE
     if not kept.any():
         raise ValueError("all images have the same captions, so that nothing could tell them apart; add other ones")
     targets = np.repeat([1.0, 0.0], [len(owners), kept.sum()])
