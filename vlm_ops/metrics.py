@@ -83,6 +83,16 @@ def area_under_curve(scores: np.ndarray, targets: np.ndarray) -> float:
     return float((below + upto).mean() / (2 * len(order)))
 
 
+def accuracy(probabilities: np.ndarray, targets: np.ndarray) -> float:
+    """Share of the pairs on whose right side of one half the probability is.
+
+    Args:
+        probabilities: float[n].
+        targets: n times 0 or 1.
+    """
+    return float(((probabilities > 0.5) == (targets == 1)).mean())
+
+
 def bootstrap(
     values: np.ndarray,
     statistic: Callable[[np.ndarray], float],

@@ -11,7 +11,7 @@ from pipelines.corpora import encode_corpus, matrix, with_captions
 from pipelines.evaluations.report import Evaluation, Example, evaluation_of
 from pipelines.matching import load_matching_model, match_pairs, require_match
 from pipelines.options import EvaluateOptions
-from vlm_ops.metrics import Estimate, area_under_curve, bootstrap
+from vlm_ops.metrics import Estimate, accuracy, area_under_curve, bootstrap
 from vlm_ops.models import ImageEncoding, describe_model
 from vlm_ops.pairs import NO_IMAGE, other_images
 
@@ -68,7 +68,7 @@ def _figures(probabilities: np.ndarray, groups: np.ndarray) -> dict[str, Estimat
     pairs = np.stack([probabilities, np.repeat([1.0, 0.0], len(probabilities) // 2)], axis=1)
     return {
         "AUC": bootstrap(pairs, lambda each: area_under_curve(each[:, 0], each[:, 1]), groups),
-        "accuracy": bootstrap(pairs, lambda each: float(((each[:, 0] > 0.5) == (each[:, 1] == 1)).mean()), groups),
+        "accuracy": bootstrap(pairs, lambda each: accuracy(each[:, 0], each[:, 1]), groups),
     }
 
 

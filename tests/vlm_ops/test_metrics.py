@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_ops.metrics import bootstrap, image_to_text_ranks, recall_at, text_to_image_ranks, top_k_accuracy
+from vlm_ops.metrics import accuracy, bootstrap, image_to_text_ranks, recall_at, text_to_image_ranks, top_k_accuracy
 
 
 @st.composite
@@ -39,6 +39,13 @@ def test_top_k_equals_the_naive_one(case: tuple[np.ndarray, np.ndarray], k: int)
     scores, targets = case
     for row, target, hit in zip(scores, targets, top_k_accuracy(scores, targets, k), strict=True):
         assert hit == (sum(score >= row[target] for score in row) <= k)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.5, 0.7, 1.0]), st.booleans()), min_size=1))
+def test_accuracy_equals_the_naive_one(pairs: list[tuple[float, bool]]) -> None:
+    probabilities, targets = (np.array(each, float) for each in zip(*pairs, strict=True))
+    right = [(probability > 0.5) == target for probability, target in pairs]
+    assert accuracy(probabilities, targets) == pytest.approx(sum(right) / len(right))
 
 
 def test_a_constant_model_finds_nothing_first() -> None:

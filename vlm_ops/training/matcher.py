@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from vlm_ops.metrics import area_under_curve
+from vlm_ops.metrics import accuracy, area_under_curve
 from vlm_ops.models.matcher import Matcher
 from vlm_ops.training.data import CaptionedImages, features_at_the_start, labelled_pairs
 
@@ -138,8 +138,5 @@ def _drawn(
 
 
 def matching_figures(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """AUC, and the share of the pairs on whose right side of one half the probability is."""
-    return {
-        "AUC": area_under_curve(probabilities, targets),
-        "accuracy": float(((probabilities > 0.5) == (targets == 1)).mean()),
-    }
+    """How well own captions and others are told apart."""
+    return {"AUC": area_under_curve(probabilities, targets), "accuracy": accuracy(probabilities, targets)}
