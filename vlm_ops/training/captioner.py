@@ -13,7 +13,7 @@ from vlm_ops.caption_metrics import CiderD, bleu, bleu_counts, cider_d, rouge_l
 from vlm_ops.models.caption_decoder import Vocabulary, split_words
 from vlm_ops.models.captioner import Captioner
 from vlm_ops.sentences import class_sentence
-from vlm_ops.training.data import CaptionedImages
+from vlm_ops.training.data import CaptionedImages, chunks
 from vlm_ops.training.pseudo_images import PseudoImages
 
 _CHUNK = 64
@@ -124,8 +124,8 @@ def captioning_figures(module: Any, data: CaptionedImages, num_beams: int, devic
     """CIDEr-D, BLEU-4 and ROUGE-L of what the captioner writes by itself, against the captions of the data."""
     written = [
         hypotheses[0].text
-        for start in range(0, len(data), _CHUNK)
-        for hypotheses in module.write(data.image_inputs(slice(start, start + _CHUNK), device), num_beams)
+        for chunk in chunks(len(data), _CHUNK)
+        for hypotheses in module.write(data.image_inputs(chunk, device), num_beams)
     ]
     references = [[data.sentences[row] for row in rows] for rows in data.captions]
     return {

@@ -91,8 +91,13 @@ def features_at_the_start(data: CaptionedImages, backbone: Any, device: str) -> 
     backbone.eval().to(device)
     rows = np.linspace(0, len(data) - 1, min(len(data), _SEEN_FIRST)).astype(int)
     with torch.no_grad():
-        chunks = [data.image_inputs(rows[start : start + _CHUNK], device) for start in range(0, len(rows), _CHUNK)]
-        return torch.cat([backbone(chunk["pixels"])["features"] for chunk in chunks]).cpu()
+        parts = [data.image_inputs(rows[chunk], device) for chunk in chunks(len(rows), _CHUNK)]
+        return torch.cat([backbone(part["pixels"])["features"] for part in parts]).cpu()
+
+
+def chunks(length: int, size: int) -> list[slice]:
+    """Slices of at most `size`, one behind the other, that cover a length."""
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 def caption_owners(data: CaptionedImages) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from vlm_ops.metrics import RECALL_AT, area_under_curve, image_to_text_ranks, re
 from vlm_ops.models.calibration import Calibration
 from vlm_ops.models.dual_encoder import DualEncoder
 from vlm_ops.training.calibration import calibrate
-from vlm_ops.training.data import CaptionedImages, caption_owners, features_at_the_start, labelled_pairs
+from vlm_ops.training.data import CaptionedImages, caption_owners, chunks, features_at_the_start, labelled_pairs
 from vlm_ops.training.pseudo_images import PseudoImages
 
 _NEVER = -1e4  # a logit that is no candidate
@@ -186,14 +186,8 @@ def _mixed_loss(
 
 def _projections(model: DualEncoder, data: CaptionedImages, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors of all images and of all sentences, as the loss compares them."""
-    images = [
-        model.project_images(data.image_inputs(slice(start, start + _CHUNK), device))
-        for start in range(0, len(data), _CHUNK)
-    ]
-    texts = [
-        model.project_texts(data.text_inputs(slice(start, start + _CHUNK), device))
-        for start in range(0, len(data.sentences), _CHUNK)
-    ]
+    images = [model.project_images(data.image_inputs(chunk, device)) for chunk in chunks(len(data), _CHUNK)]
+    texts = [model.project_texts(data.text_inputs(chunk, device)) for chunk in chunks(len(data.sentences), _CHUNK)]
     return torch.cat(images), torch.cat(texts)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vlm_ops.metrics import accuracy, area_under_curve
 from vlm_ops.models.matcher import Matcher
-from vlm_ops.training.data import CaptionedImages, features_at_the_start, labelled_pairs
+from vlm_ops.training.data import CaptionedImages, chunks, features_at_the_start, labelled_pairs
 
 _CHUNK = 256
 
@@ -108,19 +108,16 @@ class MatcherTask:
         images, sentences, targets = labelled_pairs(data)
         with torch.inference_mode():
             image_vectors = torch.cat(
-                [module.image_vectors(data.image_inputs(chunk, device)) for chunk in _chunks(len(data))]
+                [module.image_vectors(data.image_inputs(chunk, device)) for chunk in chunks(len(data), _CHUNK)]
             )
             text_vectors = torch.cat(
-                [module.text_vectors(data.text_inputs(chunk, device)) for chunk in _chunks(len(data.sentences))]
+                [module.text_vectors(data.text_inputs(chunk, device)) for chunk in chunks(len(data.sentences), _CHUNK)]
             )
             logits = [
-                module(image_vectors[images[chunk]], text_vectors[sentences[chunk]]) for chunk in _chunks(len(images))
+                module(image_vectors[images[chunk]], text_vectors[sentences[chunk]])
+                for chunk in chunks(len(images), _CHUNK)
             ]
         return torch.cat(logits).float().cpu().numpy(), targets
-
-
-def _chunks(length: int) -> list[slice]:
-    return [slice(start, start + _CHUNK) for start in range(0, length, _CHUNK)]
 
 
 def _drawn(
