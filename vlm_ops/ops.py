@@ -2,9 +2,10 @@
 
 An op is a class with a `name`, a `capability` it asks of its model (None: it needs no model), the
 `columns` it fills, the `preprocessing` it wants its pixels in, and
-`__call__(batch) -> {column: Arrow array}`. Ops that share a model share
-one forward pass, and ops that share a preprocessing share one resize. An op of another package is
-named by its import path, `package.module:Class`.
+`__call__(batch) -> {column: Arrow array}`. Of its model's encoding it reads its capability, or what it
+declares as `outputs`: nothing, where the model's preprocessing is all that it wants. Ops that share
+a model share one forward pass, and ops that share a preprocessing share one resize. An op of another
+package is named by its import path, `package.module:Class`.
 """
 
 from __future__ import annotations
@@ -257,7 +258,8 @@ def load_ops(specs: Iterable[OpSpec], device: str = "auto") -> list[Op]:
     outputs: dict[str, set[str]] = {}
     for spec in specs:
         if spec.model is not None:
-            outputs.setdefault(spec.model, set()).add(str(op_class(spec.name).capability))
+            op = op_class(spec.name)
+            outputs.setdefault(spec.model, set()).update(getattr(op, "outputs", {op.capability}))
     models: dict[str, ImageModel] = {}
     ops: list[Op] = []
     for spec in specs:

@@ -62,6 +62,7 @@ class PixelsOp:
 
     name = PIXELS_OP
     capability = "features"
+    outputs = frozenset[str]()  # the model need not run, nor be exported for it
     columns = (column("pixels", pa.large_binary(), "pixels", "uint8[3, size, size]", "Model input."),)
 
     def __init__(self, model: ImageModel) -> None:

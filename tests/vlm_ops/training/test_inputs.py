@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from tests.toys import PREPROCESSING, ToyImageModel, describe
 from vlm_ops.models import ImageEncoding
-from vlm_ops.ops import ImageBatch, op_class
+from vlm_ops.ops import ImageBatch, load_ops, op_class, plan_ops
 from vlm_ops.training.inputs import GRID_OP, MIRRORED_OP, PIXELS_OP, GridOp, MirroredOp, PixelsOp, grid_bytes
 
 MODEL = ToyImageModel(describe("python:tests.toys"))
@@ -61,3 +63,14 @@ def test_the_pixels_themselves(batch: ImageBatch) -> None:
     (column,) = PixelsOp(MODEL)(batch).values()
     found = [np.frombuffer(each, np.uint8).reshape(3, 8, 8) for each in column.to_pylist()]
     np.testing.assert_array_equal(np.stack(found), PIXELS)
+
+
+def test_pixels_need_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that is to be fine-tuned is neither loaded nor exported to prepare its input."""
+    monkeypatch.setenv("BEAMSIGHT_CACHE", str(tmp_path))
+    monkeypatch.setattr("vlm_ops.models.compact.load_image_backbone", lambda spec: pytest.fail("it was loaded"))
+    (op,) = load_ops(plan_ops([PIXELS_OP], "compact:conse"), "cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 224, 224), np.uint8)
+    (column,) = op(ImageBatch([None], [None], {op.preprocessing: pixels}, {})).values()  # type: ignore[list-item]
+    assert column.to_pylist() == [pixels.tobytes()]
+    assert not list(tmp_path.iterdir())
