@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tqdm import tqdm
 from pipelines.corpora import encode_corpus, matrix
 from pipelines.options import TrainOptions
 from vlm_ops.models import (
+    ClassifyingBackbone,
+    ModelInfo,
     describe_model,
     load_image_backbone,
     load_text_backbone,
@@ -176,13 +179,15 @@ def train_dual_encoder(
     from vlm_ops.models.dual_encoder import DualEncoder, HeadsConfig
     from vlm_ops.training.dual_encoder import ContrastiveConfig, DualEncoderTask, calibrated, retrieval_figures
 
-    image_dims, text_dim = _image_dims(options, data), _text_dim(options, data)
-    shapes = HeadsConfig(image_dims["features"], image_dims["embedding"], text_dim, options.hidden_dim, options.dropout)
-    model = DualEncoder(shapes, *_backbones(options))
+    images, texts = _backbones(options)
+    dims, text_dim = _image_dims(data, images), _text_dim(data, texts)
+    shapes = HeadsConfig(dims["features"], dims["embedding"], text_dim, options.hidden_dim, options.dropout)
+    model = DualEncoder(shapes, images, texts)
     config = ContrastiveConfig(
         captions_per_image=options.captions_per_image, mixing=options.mixing, pseudo_weight=options.pseudo_weight
     )
-    task = DualEncoderTask(model, data, validation, config, device, _pseudo_images(options, data))
+    pseudo = _pseudo_images(options, data, _classifier(options, data))
+    task = DualEncoderTask(model, data, validation, config, device, pseudo)
 
     def finish(trained: Any) -> tuple[dict[str, torch.nn.Module], dict[str, Any], dict[str, float]]:
         trained = trained.model
@@ -205,17 +210,18 @@ def train_captioner(options: TrainOptions, data: CaptionedImages, validation: Ca
     from vlm_ops.training.captioner import CaptionerTask, CaptioningConfig, captioning_figures
     from vlm_ops.training.people import fit_people
 
-    backbone = None if options.writer == "vision-encoder-decoder" else _backbones(options)[0]
-    writer = _started(options, _writer(options, data, backbone, device))
+    backbone, _ = _backbones(options)
+    classifier = _classifier(options, data)
+    writer = _started(options, _writer(options, data, backbone, classifier, device))
     config = CaptioningConfig(
         captions_per_image=options.captions_per_image,
         pseudo_weight=options.pseudo_weight,
         objective=options.objective,
     )
-    task = CaptionerTask(Captioner(writer, backbone), data, validation, config, device, _pseudo_images(options, data))
-    reads = (
-        [] if options.writer == "vision-encoder-decoder" else [n for n, d in _image_dims(options, data).items() if d]
-    )
+    pseudo = _pseudo_images(options, data, classifier)
+    task = CaptionerTask(Captioner(writer, backbone), data, validation, config, device, pseudo)
+    sees_for_itself = options.writer == "vision-encoder-decoder"
+    reads = [] if sees_for_itself else [name for name, dim in _image_dims(data, backbone).items() if dim]
 
     def finish(trained: Any) -> tuple[dict[str, torch.nn.Module], dict[str, Any], dict[str, float]]:
         save_writer_files(trained.writer, Path(options.output).expanduser())
@@ -241,11 +247,11 @@ def train_matcher(options: TrainOptions, data: CaptionedImages, validation: Capt
     from vlm_ops.training.calibration import calibrate
     from vlm_ops.training.matcher import MatcherTask, MatchingConfig, matching_figures
 
-    shapes = MatcherConfig(
-        _image_dims(options, data)["features"], _text_dim(options, data), options.hidden_dim, options.dropout
-    )
+    images, texts = _backbones(options)
+    feature_dim, text_dim = _image_dims(data, images)["features"], _text_dim(data, texts)
+    shapes = MatcherConfig(feature_dim, text_dim, options.hidden_dim, options.dropout)
     config = MatchingConfig(captions_per_image=options.captions_per_image)
-    task = MatcherTask(Matcher(shapes, *_backbones(options)), data, validation, config, device)
+    task = MatcherTask(Matcher(shapes, images, texts), data, validation, config, device)
 
     def finish(trained: Any) -> tuple[dict[str, torch.nn.Module], dict[str, Any], dict[str, float]]:
         scores, targets = task.scores(trained)
@@ -322,8 +328,14 @@ def _images_of(options: TrainOptions, table: pa.Table, column: str) -> np.ndarra
     if column == "pixels":
         size = round((len(joined[0].as_py()) / 3) ** 0.5)
         return np.frombuffer(joined.buffers()[2], np.uint8).reshape(len(joined), 3, size, size)
-    grid_dim = load_image_backbone(options.model).grid_dim
+    grid_dim = _grid_dim(describe_model(options.model))
     return np.frombuffer(joined.buffers()[2], np.float16).reshape(len(joined), -1, grid_dim)
+
+
+@lru_cache(maxsize=1)
+def _grid_dim(model: ModelInfo) -> int:
+    """Loading a backbone for a number takes its time, so once is enough for all images of a run."""
+    return load_image_backbone(model.spec).grid_dim
 
 
 def _texts_of(options: TrainOptions, sentences: Sequence[str]) -> Mapping[str, np.ndarray]:
@@ -363,23 +375,21 @@ def _finetuned(trained: Any) -> dict[str, torch.nn.Module]:
     return {name: getattr(trained, name) for name in names if getattr(trained, name, None) is not None}
 
 
-def _image_dims(options: TrainOptions, data: CaptionedImages) -> dict[str, int]:
+def _image_dims(data: CaptionedImages, backbone: Any) -> dict[str, int]:
     """Width of what the image side gives; 0 for what it does not."""
-    if "pixels" in data.images:
-        backbone = load_image_backbone(options.model)
+    if backbone is not None:
         return {"features": backbone.feature_dim, "grid": backbone.grid_dim, "embedding": backbone.embedding_dim}
     return {
         name: data.images[name].shape[-1] if name in data.images else 0 for name in ("features", "grid", "embedding")
     }
 
 
-def _text_dim(options: TrainOptions, data: CaptionedImages) -> int:
-    if "vectors" in data.texts:
-        return data.texts["vectors"].shape[1]
-    return load_text_backbone(options.text_model).text_dim
+def _text_dim(data: CaptionedImages, backbone: Any) -> int:
+    return data.texts["vectors"].shape[1] if backbone is None else backbone.text_dim
 
 
-def _pseudo_images(options: TrainOptions, data: CaptionedImages) -> PseudoImages | None:
+def _classifier(options: TrainOptions, data: CaptionedImages) -> ClassifyingBackbone | None:
+    """The frozen model whose classes --pseudo_weight is about."""
     if not options.pseudo_weight:
         return None
     backbone: Any = None if "features" not in data.images else load_image_backbone(options.model)
@@ -388,16 +398,26 @@ def _pseudo_images(options: TrainOptions, data: CaptionedImages) -> PseudoImages
             f"--pseudo_weight {options.pseudo_weight} needs a frozen model with a classifier, which {options.model!r} is "
             "not; leave the flag out"
         )
-    return make_pseudo_images(data.images["features"], backbone, load_text_model(options.text_model, options.device))
+    return backbone
 
 
-def _writer(options: TrainOptions, data: CaptionedImages, backbone: Any, device: str) -> Any:
+def _pseudo_images(
+    options: TrainOptions, data: CaptionedImages, classifier: ClassifyingBackbone | None
+) -> PseudoImages | None:
+    if classifier is None:
+        return None
+    return make_pseudo_images(data.images["features"], classifier, load_text_model(options.text_model, options.device))
+
+
+def _writer(
+    options: TrainOptions, data: CaptionedImages, backbone: Any, classifier: ClassifyingBackbone | None, device: str
+) -> Any:
     """The language model that --writer and --language_model name."""
     if options.writer == "vision-encoder-decoder":
         from vlm_ops.models.language_model import load_vision_encoder_decoder
 
         return load_vision_encoder_decoder(options.model, options.language_model)
-    dims = _image_dims(options, data)
+    dims = _image_dims(data, backbone)
     num_cells = data.images["grid"].shape[1] if backbone is None else _num_cells(backbone)
     if options.writer == "cross-attention":
         from vlm_ops.models.language_model import CrossAttentionConfig, CrossAttentionWriter, load_language_model
@@ -406,7 +426,7 @@ def _writer(options: TrainOptions, data: CaptionedImages, backbone: Any, device:
         shapes = CrossAttentionConfig(dims["features"], dims["grid"], dims["embedding"], num_cells)
         writer: Any = CrossAttentionWriter(shapes, *load_language_model(options.language_model))
     else:
-        writer = _compact_writer(options, data, dims, num_cells)
+        writer = _compact_writer(options, data, dims, num_cells, classifier.class_names if classifier else ())
     writer.standardise_by(features_at_the_start(data, backbone, device))
     return writer
 
@@ -425,10 +445,11 @@ def _started(options: TrainOptions, writer: Any) -> Any:
         ) from error
 
 
-def _compact_writer(options: TrainOptions, data: CaptionedImages, dims: Mapping[str, int], num_cells: int) -> Any:
+def _compact_writer(
+    options: TrainOptions, data: CaptionedImages, dims: Mapping[str, int], num_cells: int, class_names: Sequence[str]
+) -> Any:
     from vlm_ops.training.captioner import words_of
 
-    class_names = load_image_backbone(options.model).class_names if options.pseudo_weight else ()  # type: ignore[attr-defined]
     words = words_of(data, options.min_word_count, class_names)
     if not words:
         raise ValueError(f"no word stands {options.min_word_count} times in the captions; lower --min_word_count")

@@ -320,6 +320,30 @@ def test_a_family_of_another_package_is_finetuned(kind: str, corpus: Path, tmp_p
     assert np.array_equal(*vectors) == (kind != "dual-encoder")  # whose texts are its own
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "expected"),
+    [
+        ("dual-encoder", [], 0),
+        ("dual-encoder", ["--pseudo_weight", "0.5"], 1),
+        ("dual-encoder", ["--finetune", "image"], 1),
+        ("captioner", [], 1),  # which says how wide its grid is
+        ("captioner", ["--pseudo_weight", "0.5"], 2),
+        ("captioner", ["--finetune", "image"], 1),
+        ("matcher", ["--finetune", "image"], 1),
+    ],
+)
+def test_the_model_below_is_not_loaded_again_and_again(
+    kind: str, flags: list[str], expected: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import train as command
+
+    loaded = []
+    monkeypatch.setattr(command, "load_image_backbone", lambda spec: loaded.append(spec) or load_image_backbone(spec))
+    command._grid_dim.cache_clear()
+    assert train(corpus, tmp_path / "m", *SHORT_OF[kind], *flags, "--epochs", "1", kind=kind) == 0
+    assert loaded == [TOY] * expected
+
+
 # --- captioners -----------------------------------------------------------------------------------
 
 
@@ -494,6 +518,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
             "--pseudo_weight 0.5 needs a frozen model with a classifier, which 'VIT' is not; leave the flag out",
         ),
         ("captioner", ["--finetune", "image", "--pseudo_weight", "1"], f"a classifier, which '{TOY}' is not"),
+        ("captioner", ["--model", "VIT", "--pseudo_weight", "1"], "a classifier, which 'VIT' is not"),
         ("captioner", ["--start", "/nothing"], "no model in '/nothing'"),
         ("dual-encoder", ["--caption_field", "nothing"], "has a caption; name their field with --caption_field"),
         ("dual-encoder", ["--learning_rate", "1e30"], "is no number; take a smaller --learning_rate than 1e+30"),
