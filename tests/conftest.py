@@ -4,6 +4,7 @@
     jpeg(seed), png(seed)  the same, encoded
     tar_bytes(members)     a tar of (name, bytes) pairs, with its end-of-archive blocks
     dev_shard              the real photos of flickr8k/dev; skips where the data folder is absent
+    own_cache              a cache of prepared models and encoded corpora for a module's tests alone
     toy_catalog            a catalog built once a session from drawn photos, with the real default model
 
 Toy model and op for contract tests: tests/toys.py.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,19 @@ def dev_shard() -> Path:
     if not path.exists():
         pytest.skip(f"needs the Flickr8k dev shard at {path} (set BEAMSIGHT_DATA)")
     return path
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For modules that run toy models through torch."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for tensors this small, more only wait for one another
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BEAMSIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

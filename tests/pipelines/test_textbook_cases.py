@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +24,10 @@ from tests.vlm_ops.test_language_model import CAPTIONS, save_image_encoder, save
 from vlm_ops.images import preprocess
 from vlm_ops.models import load_image_model
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TOY = "python:tests.toys"
 KEYS = tuple(f"photo{seed}" for seed in range(len(CAPTIONS)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BEAMSIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

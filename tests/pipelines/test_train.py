@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,6 +24,8 @@ from vlm_ops.models.writers import writer_from
 from vlm_ops.sentences import class_sentence
 from vlm_ops.training import loop
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 TOY = "python:tests.toys"
 # Words that the toy text model does not know: it can only learn them.
 WORDS = {"crimson": (230, 20, 30), "lime": (60, 240, 40), "navy": (20, 30, 180), "lemon": (240, 230, 40)}
@@ -38,15 +39,6 @@ SHORT_OF = {
     "captioner": [*SHORT, "--min_word_count", "1"],
     "matcher": SHORT,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BEAMSIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

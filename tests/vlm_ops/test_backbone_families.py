@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -39,6 +39,8 @@ from vlm_ops.models import (
 from vlm_ops.models.backbones import BackboneImageModel
 from vlm_ops.models.huggingface import read_preprocessing
 from vlm_ops.preprocessing import Preprocessing
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 _VIT = {
     "hidden_size": 16,
@@ -88,16 +90,6 @@ WORDS = [
     "##dogs",
 ]
 TEXTS = ["a black dog runs", "snow", "two dogs run through the snow", "", "a dog " * 20, "snow"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for tensors this small, more only wait for one another
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BEAMSIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
