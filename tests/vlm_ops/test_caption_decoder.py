@@ -102,16 +102,6 @@ def test_sentences_of_one_image_do_not_see_each_other() -> None:
         )
 
 
-def test_what_is_drawn_is_a_sentence() -> None:
-    model = decoder(max_words=5)
-    ids = model.sample(inputs(4), 7)
-    assert ids.shape[:2] == (4, 7) and ids.shape[2] <= 7
-    for row in ids.flatten(0, 1).tolist():
-        words = row[1 : row.index(Vocabulary.END)]
-        assert row[0] == Vocabulary.BEGIN and all(word >= 4 for word in words)
-        assert set(row[row.index(Vocabulary.END) + 1 :]) <= {Vocabulary.PAD}
-
-
 def test_the_vocabulary() -> None:
     vocabulary = Vocabulary.of(["A dog runs.", "a man's dog", "a cat"], min_count=2)
     assert vocabulary.words[4:] == ("a", "dog")

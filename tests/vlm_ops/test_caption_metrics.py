@@ -270,6 +270,14 @@ def test_many_candidates_of_an_image() -> None:
     assert metric.score([], []).shape == (0,)
 
 
+def test_a_product_of_unit_vectors_is_cider_where_no_word_repeats_and_lengths_agree() -> None:
+    metric = CiderD([["a dog runs over grass"], ["two cats sleep on beds"], ["a dog sleeps"]])
+    first, second = metric.unit_vector("a dog runs over beds"), metric.unit_vector("a dog runs over grass")
+    product = sum(value * second.get(ngram, 0.0) for ngram, value in first.items())
+    assert 10 * product == pytest.approx(metric.score(["a dog runs over beds"], [0])[0])
+    assert metric.unit_vector("") == {}
+
+
 def test_bleu_rows_are_resampled() -> None:
     counts = bleu_counts(*random_captions(60))
     found = bootstrap(counts, bleu, num_resamples=100)

@@ -276,26 +276,6 @@ class CaptionDecoder(Standardised):
             for rows, row_scores in zip(ids.tolist(), scores.tolist(), strict=True)
         ]
 
-    @torch.no_grad()
-    def sample(self, inputs: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
-        """`count` sentences an image, each word drawn by its probability: int64[n, count, t] with begin and end,
-        padded."""
-        read, v = self.read(inputs), self.vocabulary
-        n = len(read)
-        past = self._no_past(n, count)
-        words = torch.full((n, count, 1), v.BEGIN, device=self.bias.device)
-        for position in range(self.config.max_words):
-            log_probs, past = self.step(read, past, words[:, :, -1], words.new_tensor([position]))
-            log_probs[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
-            drawn = torch.multinomial(log_probs.softmax(-1).flatten(0, 1), 1).view(n, count)
-            has_ended = (words == v.END).any(dim=2)
-            words = torch.cat([words, drawn.masked_fill(has_ended, v.PAD)[:, :, None]], dim=2)
-            if bool((words == v.END).any(dim=2).all()):
-                return words
-        has_ended = (words == v.END).any(dim=2)
-        end = torch.full_like(has_ended, v.END, dtype=torch.long).masked_fill(has_ended, v.PAD)
-        return torch.cat([words, end[:, :, None]], dim=2)
-
     def log_probs(self, inputs: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         """float32[n, c]: log-probability of each sentence int64[n, c, t] with begin and end, padded."""
         logits = self(inputs, ids[:, :, :-1]).float()

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_ops.caption_metrics import CiderD, bleu, bleu_counts, cider_d, rouge_l
+from vlm_ops.caption_metrics import bleu, bleu_counts, cider_d, rouge_l
 from vlm_ops.models.caption_decoder import Vocabulary, split_words
 from vlm_ops.models.captioner import Captioner
 from vlm_ops.sentences import class_sentence
 from vlm_ops.training.data import CaptionedImages, chunks
 from vlm_ops.training.pseudo_images import PseudoImages
+from vlm_ops.training.rewards import CaptionReward
 
 _CHUNK = 64
 _LEAST_SPREAD = 0.1  # of CIDEr-D over an image's sentences; below it, their differences are noise
@@ -31,8 +32,10 @@ class CaptioningConfig:
         pseudo_weight: Of the loss on pseudo-images of the base's classes; 0 leaves them out.
         pseudo_images: Of them in a step.
         pseudo_noise: Added to them, in standard deviations of the features.
-        objective: `likelihood` of the captions, or `cider`: CIDEr-D of sentences that the captioner draws itself,
-            for one that has learnt to write already (Rennie et al., "Self-Critical Sequence Training", CVPR 2017).
+        objective: `likelihood` of the captions, or `cider`: what `CaptionReward` gives for the captioner's own sentences, for
+            one that has learnt to write already (Rennie et al., "Self-Critical Sequence Training", CVPR 2017).
+        self_critical_beams: Sentences an image that `cider` compares.
+        likelihood_weight: Of the captions' likelihood beside `cider`, so that what is learnt stays.
     """
 
     captions_per_image: int = 3
@@ -41,6 +44,8 @@ class CaptioningConfig:
     pseudo_weight: float = 0.0
     pseudo_images: int = 16
     pseudo_noise: float = 0.1
+    self_critical_beams: int = 5
+    likelihood_weight: float = 0.1
 
 
 class CaptionerTask:
@@ -63,11 +68,11 @@ class CaptionerTask:
         self._data, self._validation, self._config, self._device = data, validation, config, device
         self._pseudo = pseudo if config.pseudo_weight else None
         if config.objective == "cider":
-            if not hasattr(model.writer, "sample"):
+            if not hasattr(model.writer, "log_probs"):
                 raise ValueError(
                     "--objective cider is for the compact writer; train this one with --objective likelihood"
                 )
-            self._reward = CiderD([[data.sentences[row] for row in rows] for rows in data.captions])
+            self._reward = CaptionReward(data)
 
     def num_images(self) -> int:
         return len(self._data)
@@ -79,16 +84,15 @@ class CaptionerTask:
             [sentences[row] for row in np.resize(rows, count)] for rows in self._data.draw_captions(images, count, rng)
         ]
         inputs = self._data.drawn_inputs(images, rng, self._device)
-        if config.objective == "cider":
-            loss = self._self_critical_loss(inputs, images)
-        else:
-            loss = self.module.loss(inputs, chosen, config.label_smoothing)
+        loss = self.module.loss(inputs, chosen, config.label_smoothing)
         if self._pseudo is not None:
             rows = rng.permutation(len(self._pseudo.names))[: config.pseudo_images]
-            inputs = self._pseudo.image_inputs(rows, config.pseudo_noise, rng, self._device)
-            inputs["grid"] = self._pseudo_grid(inputs["features"], rng)
+            pseudo = self._pseudo.image_inputs(rows, config.pseudo_noise, rng, self._device)
+            pseudo["grid"] = self._pseudo_grid(pseudo["features"], rng)
             texts = [[class_sentence(self._pseudo.names[row])] for row in rows]
-            loss = loss + config.pseudo_weight * self.module.loss(inputs, texts, config.label_smoothing)
+            loss = loss + config.pseudo_weight * self.module.loss(pseudo, texts, config.label_smoothing)
+        if config.objective == "cider":
+            return self._self_critical_loss(inputs, images) + config.likelihood_weight * loss
         return loss
 
     def _pseudo_grid(self, features: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -101,20 +105,22 @@ class CaptionerTask:
         return grid
 
     def _self_critical_loss(self, inputs: Mapping[str, torch.Tensor], images: np.ndarray) -> torch.Tensor:
-        """Makes drawn sentences likelier that score above the others of their image (Luo, "A Better Variant of
-        Self-Critical Sequence Training", 2020)."""
-        writer, count = self.module.writer, self._config.captions_per_image
+        """Makes those of the captioner's best sentences likelier that score above their mean. Beam search finds them, as
+        Cornia et al. do ("Meshed-Memory Transformer for Image Captioning", CVPR 2020): words drawn at random come from
+        the tail that label smoothing leaves, and teach to avoid what is never written anyway."""
+        writer, count = self.module.writer, self._config.self_critical_beams
         seen = self.module.inputs(inputs)
-        ids = writer.sample(seen, count)
-        texts = [writer.vocabulary.decode(row[1:]) for rows in ids.tolist() for row in rows]
-        rewards = torch.from_numpy(
-            self._reward.score(texts, np.repeat(images, count).tolist()).reshape(len(images), count)
-        )
-        others = (rewards.sum(1, keepdim=True) - rewards) / max(count - 1, 1)
+        writer.eval()
+        found = [[each.text for each in hypotheses] for hypotheses in writer.write(seen, count)]
+        writer.train()
+        texts = [(each * count)[:count] for each in found]  # a small language may have fewer sentences
+        scores = self._reward([text for each in texts for text in each], np.repeat(images, count).tolist())
+        rewards = torch.from_numpy(scores.reshape(len(images), count)).float()
         # A product's short sentence is right or wrong, and CIDEr-D ten or none: unscaled, products alone would count.
         spread = rewards.std(1, keepdim=True, correction=0) + _LEAST_SPREAD
-        advantage = ((rewards - others) / spread).float().to(ids.device)
-        return -(advantage * writer.log_probs(seen, ids)).mean() / _MEAN_LENGTH
+        log_probs = writer.log_probs(seen, writer.encode(texts))
+        advantage = ((rewards - rewards.mean(1, keepdim=True)) / spread).to(log_probs)
+        return -(advantage * log_probs).mean() / _MEAN_LENGTH
 
     def validate(self, module: Any) -> float:
         return captioning_figures(module, self._validation, 1, self._device)["CIDEr-D"]
