@@ -244,8 +244,8 @@ _TRAINING_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _WRITERS = ("compact", "cross-attention", "vision-encoder-decoder")
-# Flags that not every kind reads.
-_READ_BY = {
+# Which kinds read the flags that not every kind reads.
+READ_BY = {
     "text_model": ("dual-encoder", "matcher"),
     "pseudo_weight": ("dual-encoder", "captioner"),
     "mixing": ("dual-encoder",),
@@ -274,7 +274,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     _add_workers(parser)
     parser.set_defaults(model=None)
     args = parser.parse_args(argv)
-    for name, kinds in _READ_BY.items():
+    for name, kinds in READ_BY.items():
         if args.kind not in kinds and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is for {' and '.join(kinds)}, and a {args.kind} does not read it; leave it out")
     for name, value in _TRAINING_DEFAULTS[args.kind].items():

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from pipelines.corpora import encode_corpus, matrix
-from pipelines.options import TrainOptions
+from pipelines.options import READ_BY, TrainOptions
 from vlm_ops.models import (
     ClassifyingBackbone,
     ModelInfo,
@@ -48,12 +48,8 @@ logger = logging.getLogger(__name__)
 _TEXTS_PER_CALL = 1024
 _CHECKPOINT = "checkpoint.pt"
 _LOG_SEC = 30  # between log lines where there is no terminal
-# Flags that decide what a training of each kind comes to, besides those of its recipe.
-_FLAGS = {
-    "dual-encoder": ("hidden_dim", "dropout", "mirrored"),
-    "captioner": ("writer", "language_model", "start", "hidden_dim", "dropout", "min_word_count", "mirrored"),
-    "matcher": ("hidden_dim", "dropout", "mirrored"),
-}
+# Flags that decide what a training comes to, where its kind reads them, besides those of the loop and of the task.
+_FLAGS = ("writer", "language_model", "start", "hidden_dim", "dropout", "min_word_count", "mirrored")
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def run(options: TrainOptions) -> int:
     training = _TRAININGS[options.kind](options, data, validation, device)
     output.mkdir(parents=True, exist_ok=True)
     base, text_base = describe_model(options.model), describe_model(options.text_model)
-    flags = {name: getattr(options, name) for name in _FLAGS[options.kind]}
+    flags = {name: getattr(options, name) for name in _FLAGS if options.kind in READ_BY.get(name, (options.kind,))}
     flags |= {"model": base.name, "text_model": text_base.name, "finetune": sorted(options.finetune)}
     module, epochs = _fit(training.task, config, flags, output / _CHECKPOINT)
     parts, description, figures = training.finish(module)

@@ -104,6 +104,7 @@ def _weights(spec: str) -> Path:
     return Path(str(files("vlm_ops.models"))) / "weights" / _TRAINED[spec]
 
 
+@lru_cache(maxsize=8)  # a model is described many times over, and each time asks for the same files
 def _version(package: str) -> str:
     try:
         return version(package)
