@@ -203,7 +203,7 @@ def train_captioner(options: TrainOptions, data: CaptionedImages, validation: Ca
     """A writer under the image side of --model."""
     from vlm_ops.models.captioner import Captioner
     from vlm_ops.models.writers import describe_writer, save_writer_files
-    from vlm_ops.training.captioner import CaptionerTask, CaptioningConfig, captioning_figures
+    from vlm_ops.training.captioner import CaptionerTask, CaptioningConfig, best_sentences, captioning_figures
     from vlm_ops.training.people import fit_people
 
     backbone, _ = _backbones(options)
@@ -229,10 +229,12 @@ def train_captioner(options: TrainOptions, data: CaptionedImages, validation: Ca
             "label_margin": options.label_margin,
         }
         parts = {"writer": trained.writer, **_finetuned(trained)}
-        if people := fit_people(data, validation) if "features" in data.images else None:
+        sentences = best_sentences(trained, validation, options.num_beams, device)
+        log_probs = np.array([each.log_prob for each in sentences])
+        if people := fit_people(data, validation, log_probs) if "features" in data.images else None:
             parts["people"] = people
         description["knows_people"] = people is not None
-        return parts, description, captioning_figures(trained, validation, options.num_beams, device)
+        return parts, description, captioning_figures(sentences, validation)
 
     return Training(task, finish)
 

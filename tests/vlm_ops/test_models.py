@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 
@@ -235,27 +236,30 @@ def test_conse_is_the_weighted_sum_of_the_likeliest_labels() -> None:
 
 
 def test_the_grid_ends_with_the_colours_of_the_cells() -> None:
-    """Those of the four quarters of each of 7 by 7 cells, from 0 to 2."""
+    """Of 7 by 7 cells, how their 8 by 8 places share in 5 levels of red, green and blue."""
     backbone = load_image_backbone("compact:conse")
     pixels = pixels_for(backbone.preprocessing, 2)
     with torch.no_grad():
         grid = backbone(torch.from_numpy(pixels))["grid"].numpy()
-    assert grid.shape == (2, 49, 1280 + 12)
-    for row, column in ((0, 0), (2, 5), (6, 6)):
-        cell = pixels[:, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32].astype(np.float64)
-        quarters = [cell[:, :, y : y + 16, x : x + 16].mean((2, 3)) for y in (0, 16) for x in (0, 16)]
-        expected = np.stack(quarters, axis=2).reshape(2, 12)  # a colour's four quarters together
-        np.testing.assert_allclose(grid[:, 7 * row + column, 1280:], 2 * ((expected - 127) / 128 + 1), atol=1e-4)
+    assert grid.shape == (2, 49, 1280 + 125)
+    for image, row, column in ((0, 0, 0), (1, 2, 5), (0, 6, 6)):
+        cell = pixels[image, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32].astype(np.float64)
+        expected = np.zeros((5, 5, 5))
+        for y, x in itertools.product(range(0, 32, 4), repeat=2):
+            levels = 4 * (cell[:, y : y + 4, x : x + 4].mean((1, 2)) + 1) / 256
+            for corner in itertools.product(range(5), repeat=3):
+                expected[corner] += np.maximum(0, 1 - np.abs(levels - corner)).prod() / 64
+        np.testing.assert_allclose(grid[image, 7 * row + column, 1280:] ** 2, expected.ravel(), atol=1e-4)
 
 
 def test_the_large_base_joins_two_networks() -> None:
     backbone = load_image_backbone("compact-large:conse")
     small = load_image_backbone("compact:conse")
-    assert backbone.preprocessing.size == 260 and (backbone.feature_dim, backbone.grid_dim) == (2560, 1292)
+    assert backbone.preprocessing.size == 260 and (backbone.feature_dim, backbone.grid_dim) == (2560, 1405)
     with torch.no_grad():
         outputs = backbone(torch.from_numpy(pixels_for(backbone.preprocessing, 1)))
         alone = small.of_features(outputs["features"][:, :1280])  # type: ignore[attr-defined]
-    assert outputs["grid"].shape == (1, 49, 1292)
+    assert outputs["grid"].shape == (1, 49, 1405)
     # Each network has half of the say.
     assert (outputs["labels"] >= alone["labels"] / 2 - 1e-6).all()
     torch.testing.assert_close(outputs["labels"].sum(1), torch.ones(1))

@@ -123,11 +123,10 @@ class _Judge:
         if self._people is None or self._vectors is None:
             return written
         assert encoding.features is not None
-        shown = self._people(encoding.features)
-        return [
-            hypotheses if may else [each for each in hypotheses if not names_people(each.text)]
-            for hypotheses, may in zip(written, shown, strict=True)
-        ]
+        rows = [row for row, hypotheses in enumerate(written) for _ in hypotheses]
+        log_probs = [each.log_prob for hypotheses in written for each in hypotheses]
+        may = iter(self._people(encoding.features[rows], np.array(log_probs, np.float32)))
+        return [[each for each in hypotheses if next(may) or not names_people(each.text)] for hypotheses in written]
 
     def _best_label(self, encoding: ImageEncoding, row: int) -> tuple[int, float] | None:
         """(class, cosine) of the sentence that fits best, of the likeliest classes."""
@@ -143,8 +142,8 @@ class _Judge:
         return float(self._base.probability(np.array([cosine]))[0])
 
 
-def _people_evidence(directory: ModelDirectory) -> Callable[[np.ndarray], np.ndarray]:
-    """features float32[n, feature_dim] -> bool[n], whether people may be named."""
+def _people_evidence(directory: ModelDirectory) -> Callable[[np.ndarray, np.ndarray], list[bool]]:
+    """(features float32[n, feature_dim], log-probabilities float32[n] of sentences) -> whether these may name people."""
     import torch
 
     from vlm_ops.models.people import PeopleEvidence
@@ -152,9 +151,9 @@ def _people_evidence(directory: ModelDirectory) -> Callable[[np.ndarray], np.nda
     weights = directory.weights("people")
     evidence = directory.fill(PeopleEvidence(len(weights["mean"])), "people")
 
-    def shown(features: np.ndarray) -> np.ndarray:
+    def shown(features: np.ndarray, log_probs: np.ndarray) -> list[bool]:
         with torch.inference_mode():
-            return evidence(torch.from_numpy(features)).numpy() > 0
+            return (evidence(torch.from_numpy(features), torch.from_numpy(log_probs)) > 0).tolist()
 
     return shown
 

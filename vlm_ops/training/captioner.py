@@ -11,7 +11,7 @@ import torch
 
 from vlm_ops.caption_metrics import bleu, bleu_counts, cider_d, rouge_l
 from vlm_ops.models.caption_decoder import Vocabulary, split_words
-from vlm_ops.models.captioner import Captioner
+from vlm_ops.models.captioner import Captioner, Hypothesis
 from vlm_ops.sentences import class_sentence
 from vlm_ops.training.data import CaptionedImages, chunks
 from vlm_ops.training.pseudo_images import PseudoImages
@@ -123,16 +123,23 @@ class CaptionerTask:
         return -(advantage * log_probs).mean() / _MEAN_LENGTH
 
     def validate(self, module: Any) -> float:
-        return captioning_figures(module, self._validation, 1, self._device)["CIDEr-D"]
+        return captioning_figures(best_sentences(module, self._validation, 1, self._device), self._validation)[
+            "CIDEr-D"
+        ]
 
 
-def captioning_figures(module: Any, data: CaptionedImages, num_beams: int, device: str) -> dict[str, float]:
-    """CIDEr-D, BLEU-4 and ROUGE-L of what the captioner writes by itself, against the captions of the data."""
-    written = [
-        hypotheses[0].text
+def best_sentences(module: Any, data: CaptionedImages, num_beams: int, device: str) -> list[Hypothesis]:
+    """What the captioner writes of each image by itself."""
+    return [
+        hypotheses[0]
         for chunk in chunks(len(data), _CHUNK)
         for hypotheses in module.write(data.image_inputs(chunk, device), num_beams)
     ]
+
+
+def captioning_figures(sentences: Sequence[Hypothesis], data: CaptionedImages) -> dict[str, float]:
+    """CIDEr-D, BLEU-4 and ROUGE-L of a sentence for each image, against the captions of the data."""
+    written = [each.text for each in sentences]
     references = [[data.sentences[row] for row in rows] for rows in data.captions]
     return {
         "CIDEr-D": float(cider_d(written, references).mean()),

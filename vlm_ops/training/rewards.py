@@ -14,7 +14,7 @@ _CHUNK = 256
 _MOST_NEIGHBOURS = 40
 _SHARE_OF_NEIGHBOURS = 0.01  # of a small corpus, where the fortieth is like nothing
 # Own captions alone reward what an image was learnt by heart as; neighbours alone, what is true of everything.
-_CONSENSUS_WEIGHT = 3.0
+_CONSENSUS_WEIGHT = 2.0
 
 
 class CaptionReward:

@@ -12,7 +12,7 @@ import torch
 from vlm_ops.caption_metrics import cider_d
 from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig
 from vlm_ops.models.captioner import Captioner, Hypothesis
-from vlm_ops.training.captioner import CaptionerTask, CaptioningConfig, captioning_figures, words_of
+from vlm_ops.training.captioner import CaptionerTask, CaptioningConfig, best_sentences, captioning_figures, words_of
 from vlm_ops.training.data import CaptionedImages
 from vlm_ops.training.loop import LoopConfig, fit
 from vlm_ops.training.pseudo_images import PseudoImages
@@ -87,12 +87,14 @@ def test_figures_are_those_of_what_it_writes_by_itself() -> None:
     data = images(70)
     perfect = [SENTENCES[rows[0]] for rows in data.captions]
     references = [[SENTENCES[row] for row in rows] for rows in data.captions]
-    figures = captioning_figures(Parrot(perfect), data, 1, "cpu")
+    sentences = best_sentences(Parrot(perfect), data, 1, "cpu")
+    assert [each.text for each in sentences] == perfect
+    figures = captioning_figures(sentences, data)
     assert set(figures) == {"CIDEr-D", "BLEU-4", "ROUGE-L"}
     assert figures["ROUGE-L"] == pytest.approx(1) and figures["CIDEr-D"] == pytest.approx(
         cider_d(perfect, references).mean()
     )
-    assert captioning_figures(Parrot(["nothing of that"] * 70), data, 1, "cpu")["CIDEr-D"] == 0
+    assert captioning_figures([Hypothesis("nothing of that", -1.0)] * 70, data)["CIDEr-D"] == 0
 
 
 def test_it_learns_to_tell_pictures_apart(tmp_path: Path) -> None:
@@ -101,7 +103,9 @@ def test_it_learns_to_tell_pictures_apart(tmp_path: Path) -> None:
     module, epochs = fit(task, LoopConfig(num_epochs=40, batch_size=12, learning_rate=5e-3), tmp_path / "c.pt")
     written = [each[0].text for each in module.write(data.image_inputs(slice(0, 3)), 3)]
     assert written[0] in SENTENCES[:2] and written[1] in SENTENCES[2:4] and written[2] == SENTENCES[4]
-    assert epochs[-1].score == pytest.approx(captioning_figures(module, data, 1, "cpu")["CIDEr-D"])
+    assert epochs[-1].score == pytest.approx(
+        captioning_figures(best_sentences(module, data, 1, "cpu"), data)["CIDEr-D"]
+    )
     assert epochs[-1].score > 5 * max(epochs[0].score, 0.1)
 
 

@@ -25,18 +25,30 @@ def photos(n: int, seed: int) -> CaptionedImages:
 
 def test_it_tells_pictures_with_people_from_others() -> None:
     validation = photos(400, 1)
-    evidence = fit_people(photos(400, 0), validation)
+    log_probs = np.random.default_rng(2).normal(-1.5, 0.1, 400).astype(np.float32)
+    evidence = fit_people(photos(400, 0), validation, log_probs)
     assert evidence is not None
     with torch.inference_mode():
-        found = evidence(torch.from_numpy(validation.images["features"])).numpy() > 0
+        found = evidence(torch.from_numpy(validation.images["features"]), torch.from_numpy(log_probs)).numpy() > 0
     shown = np.array([rows == [0, 1] for rows in validation.captions])
-    assert found[shown].mean() == pytest.approx(0.9, abs=0.01)  # as many may be missed
-    assert found[~shown].mean() < 0.01
+    assert found[shown].mean() == pytest.approx(0.95, abs=0.01)  # as many may be missed
+    assert found[~shown].mean() < 0.1
+
+
+def test_the_surer_sentence_needs_less_evidence() -> None:
+    validation = photos(400, 1)
+    log_probs = np.linspace(-2, -1, 400).astype(np.float32)
+    evidence = fit_people(photos(400, 0), validation, log_probs)
+    assert evidence is not None
+    doubtful = torch.zeros(2, 8)
+    with torch.inference_mode():
+        hesitant, sure = evidence(doubtful, torch.tensor([-2.0, -1.0])).tolist()
+    assert sure - hesitant == pytest.approx(1 / np.std(log_probs, ddof=1), rel=1e-3)
 
 
 def test_without_people_there_is_nothing_to_learn() -> None:
     data = CaptionedImages({"features": np.zeros((20, 8), np.float32)}, [[2]] * 20, SENTENCES)
-    assert fit_people(data, data) is None
+    assert fit_people(data, data, np.zeros(20)) is None
 
 
 @pytest.mark.parametrize(
