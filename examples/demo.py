@@ -19,7 +19,7 @@ PHOTOS = {
     ),
     "sklearn/datasets/images": ("china.jpg", "flower.jpg"),
 }  # fmt: skip
-QUERIES = ("a cat", "a rocket ready for launch", "a cup of coffee")
+QUERIES = ("a cat", "a man with a camera", "a cup of coffee")
 
 
 def main(target: Path) -> int:
