@@ -80,11 +80,15 @@ def test_an_image_is_described_alike_alone_and_in_a_batch() -> None:
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_onnx_runtime_writes_what_torch_writes(
-    num_beams: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    num_beams: int,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("BEAMSIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "decoder"))  # both cases share a graph
     model, images = decoder(max_words=6), inputs(5)
     engine = DecoderEngine(model, "decoder")
+    assert "runs through torch" not in caplog.text
     written, expected = engine.write(images, num_beams), model.write(images, num_beams)
     assert [[each.text for each in row] for row in written] == [[each.text for each in row] for row in expected]
     scores = [each.log_prob for row in written for each in row]

@@ -70,8 +70,11 @@ def split_words(caption: str) -> list[str]:
     return _WORD.findall(_PARTED.sub("'s", caption.lower()))
 
 
+# What was read of images: keys, transposed, float32[n, heads, width / heads, m], and values, float32[n, heads, m,
+# width / heads], of each layer.
+Read = tuple[torch.Tensor, ...]
 # (read, past, last words, position) -> (log-probabilities of the next word, past with the last words)
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Step = Callable[[Read, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -186,13 +189,16 @@ class CaptionDecoder(Standardised):
         padded = [[row + [v.PAD] * (longest - len(row)) for row in texts] for texts in rows]
         return torch.tensor(padded, device=self.bias.device)
 
-    def read(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Keys and values of the images, layer by layer: float32[n, 2 * layers, heads, m, width / heads]."""
+    def read(self, inputs: Mapping[str, torch.Tensor]) -> Read:
+        """Keys and values of the images. They are read at every word, and so lie as a step multiplies them."""
         memory = self.memory(inputs)
-        return torch.stack([values for block in self.blocks for values in block.read(memory)], dim=1)
+        pairs = [block.read(memory) for block in self.blocks]
+        return tuple(
+            each for keys, values in pairs for each in (keys.transpose(2, 3).contiguous(), values.contiguous())
+        )
 
     def step(
-        self, read: torch.Tensor, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor
+        self, read: Read, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next word after each sentence's last one.
 
@@ -209,7 +215,7 @@ class CaptionDecoder(Standardised):
         grown = []
         for number, block in enumerate(self.blocks):
             keys, values = 2 * number, 2 * number + 1
-            hidden, kept = block(hidden, (read[:, keys], read[:, values]), (past[:, :, keys], past[:, :, values]))
+            hidden, kept = block(hidden, (read[keys], read[values]), (past[:, :, keys], past[:, :, values]))
             grown += kept
         return F.log_softmax(self._logits(hidden)[:, :, 0].float(), dim=-1), torch.stack(grown, dim=2)
 
@@ -218,7 +224,7 @@ class CaptionDecoder(Standardised):
         """The `num_beams` best sentences of each image, best first. One beam is greedy decoding."""
         return self.search(self.step, self.read(inputs), num_beams)
 
-    def search(self, step: Step, read: torch.Tensor, num_beams: int) -> list[list[Hypothesis]]:
+    def search(self, step: Step, read: Read, num_beams: int) -> list[list[Hypothesis]]:
         """Beam search over all images at once. A sentence that has ended stays in its beam, and competes by its score with
         those that go on.
 
@@ -227,7 +233,7 @@ class CaptionDecoder(Standardised):
             read: From `read`.
         """
         config, v, device = self.config, self.vocabulary, self.bias.device
-        n = len(read)
+        n = len(read[0])
         found: list[list[Hypothesis]] = [[] for _ in range(n)]
         if not n:
             return found
@@ -256,7 +262,8 @@ class CaptionDecoder(Standardised):
             if not goes_on.any():
                 break
             rows = rows[goes_on.cpu()]
-            read, past, words, totals, lengths = (each[goes_on] for each in (read, past, words, totals, lengths))
+            read = tuple(each[goes_on] for each in read)
+            past, words, totals, lengths = (each[goes_on] for each in (past, words, totals, lengths))
         return found
 
     def _no_past(self, num_images: int, count: int) -> torch.Tensor:
@@ -311,7 +318,8 @@ class _Block(nn.Module):
     def forward(
         self, hidden: torch.Tensor, read: tuple[torch.Tensor, ...], past: tuple[torch.Tensor, ...] | None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """hidden: float32[n, c, t, width]; with `past`, keys and values of earlier words, t is 1."""
+        """hidden: float32[n, c, t, width]; with `past`, keys and values of earlier words, t is 1 and the keys of `read` are
+        transposed."""
         n, c, t, width = hidden.shape
         q, k, v = self.qkv(self.norms[0](hidden)).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
         if past is not None:
@@ -321,7 +329,10 @@ class _Block(nn.Module):
         )
         hidden = hidden + self.dropout(self.self_out(attended.transpose(1, 2).reshape(n, c, t, width)))
         q = self.query(self.norms[1](hidden)).reshape(n, c * t, self.num_heads, -1).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q, read[0], read[1])
+        if past is None:
+            attended = F.scaled_dot_product_attention(q, read[0], read[1])
+        else:
+            attended = (q @ read[0] / q.shape[-1] ** 0.5).softmax(dim=-1) @ read[1]
         hidden = hidden + self.dropout(self.cross_out(attended.transpose(1, 2).reshape(n, c, t, width)))
         return hidden + self.dropout(self.down(F.gelu(self.up(self.norms[2](hidden))))), (k, v)
 
@@ -330,17 +341,16 @@ def _best(
     totals: torch.Tensor, lengths: torch.Tensor, log_probs: torch.Tensor, ended: torch.Tensor, num_beams: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The beams to go on with: which beam they come from, their new word, total and length."""
-    num_words = log_probs.shape[2]
-    candidates = totals[:, :, None] + log_probs
-    grown = (lengths + (~ended).float())[:, :, None].expand_as(candidates)
-    ranked = (candidates / grown**_LENGTH_POWER).flatten(1)
+    # All words make a beam as long, so that its likeliest words are its best.
+    likeliest = log_probs.topk(min(num_beams, log_probs.shape[2]), dim=2)
+    num_words = likeliest.indices.shape[2]
+    candidates = totals[:, :, None] + likeliest.values
+    grown = lengths + (~ended).float()
+    ranked = (candidates / grown[:, :, None] ** _LENGTH_POWER).flatten(1)
     best = ranked.topk(min(num_beams, ranked.shape[1]), dim=1).indices
-    return (
-        best // num_words,
-        best % num_words,
-        candidates.flatten(1).gather(1, best),
-        grown.flatten(1).gather(1, best),
-    )
+    beams = best // num_words
+    chosen, totals = (each.flatten(1).gather(1, best) for each in (likeliest.indices, candidates))
+    return beams, chosen, totals, grown.gather(1, beams)
 
 
 def _pick(values: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:

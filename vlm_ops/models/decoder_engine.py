@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vlm_ops.models.backbones import make_forward
-from vlm_ops.models.caption_decoder import CaptionDecoder
+from vlm_ops.models.caption_decoder import CaptionDecoder, Read
 from vlm_ops.models.captioner import Hypothesis
 
 
@@ -29,26 +29,30 @@ class DecoderEngine:
         if config.embedding_dim:
             inputs["embedding"] = torch.rand(2, config.embedding_dim)
         self._names = tuple(inputs)
-        width = config.width // config.num_heads
+        width, heads, num_cells = config.width // config.num_heads, config.num_heads, config.num_cells + len(inputs) - 1
+        layers = range(config.decoder_layers)
+        self._read_names = [f"{kind}_{layer}" for layer in layers for kind in ("keys", "values")]
         self._read = make_forward(
-            f"{name}-read",
+            f"{name}-keys",
             lambda: _Read(decoder),
             {key: values.numpy() for key, values in inputs.items()},
             {key: {0: "n"} for key in inputs},
             "cpu",
+            range(len(self._read_names)),
         )
-        num_states, num_heads = 2 * config.decoder_layers, config.num_heads
+        shapes = {"keys": (2, heads, width, num_cells), "values": (2, heads, num_cells, width)}
         examples = {
-            "read": torch.rand(2, num_states, num_heads, config.num_cells + len(inputs) - 1, width),
-            "past": torch.rand(2, 3, num_states, num_heads, 4, width),
+            "past": torch.rand(2, 3, len(self._read_names), heads, 4, width),
             "words": torch.full((2, 3), 4),
             "position": torch.tensor([4]),
+            **{key: torch.rand(shapes[key.partition("_")[0]]) for key in self._read_names},
         }
         self._step = make_forward(
-            f"{name}-step",
+            f"{name}-word",
             lambda: _Step(decoder),
             {key: values.numpy() for key, values in examples.items()},
-            {"read": {0: "n"}, "past": {0: "n", 1: "c", 4: "t"}, "words": {0: "n", 1: "c"}, "position": {}},
+            {"past": {0: "n", 1: "c", 4: "t"}, "words": {0: "n", 1: "c"}, "position": {}}
+            | {key: {0: "n"} for key in self._read_names},
             "cpu",
             (0, 1),
         )
@@ -57,13 +61,15 @@ class DecoderEngine:
         """As `CaptionDecoder.write`."""
         if not len(inputs["features"]):
             return []
-        (read,) = self._read({name: inputs[name].numpy() for name in self._names})
-        return self._decoder.search(self._next_words, torch.from_numpy(read), num_beams)
+        read = self._read({name: inputs[name].numpy() for name in self._names})
+        return self._decoder.search(self._next_words, tuple(map(torch.from_numpy, read)), num_beams)
 
-    def _next_words(self, *state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _next_words(
+        self, read: Read, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `CaptionDecoder.step`."""
-        names = ("read", "past", "words", "position")
-        log_probs, grown = self._step({name: each.numpy() for name, each in zip(names, state, strict=True)})
+        state = {"past": past, "words": words, "position": position, **dict(zip(self._read_names, read, strict=True))}
+        log_probs, grown = self._step({name: each.numpy() for name, each in state.items()})
         return torch.from_numpy(log_probs), torch.from_numpy(grown)
 
 
@@ -86,5 +92,5 @@ class _Step(torch.nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, read: torch.Tensor, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor) -> Any:
+    def forward(self, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor, *read: torch.Tensor) -> Any:
         return self.decoder.step(read, past, words, position)

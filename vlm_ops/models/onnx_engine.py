@@ -5,6 +5,7 @@ Why not torch there: docs/decisions/0003-onnx-runtime-on-cpus.md.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import tempfile
@@ -78,11 +79,15 @@ def export(module: Any, inputs: Mapping[str, Any], dynamic_dims: Mapping[str, Ma
     """Exports a torch module in evaluation mode to one ONNX file.
 
     Args:
-        inputs: Example tensors by argument name; each dynamic dimension larger than 1.
+        inputs: Example tensors by argument name, those of `*arguments` last; each dynamic dimension larger than 1.
         dynamic_dims: For each argument, its dynamic dimensions and their names.
     """
     import torch
 
+    dims: tuple[Any, ...] = tuple(dict(dynamic_dims[name]) for name in inputs)
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):  # which the exporter counts as one
+        dims = (*dims[: len(parameters) - 1], dims[len(parameters) - 1 :])
     noisy = logging.getLogger("torch.onnx")
     level = noisy.level
     noisy.setLevel(logging.ERROR)
@@ -91,7 +96,7 @@ def export(module: Any, inputs: Mapping[str, Any], dynamic_dims: Mapping[str, Ma
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module.eval(), tuple(inputs.values()), dynamo=True, verbose=False, input_names=list(inputs),
-                dynamic_shapes=tuple(dict(dynamic_dims[name]) for name in inputs),
+                dynamic_shapes=dims,
             )  # fmt: skip
             assert program is not None
             program.save(str(path))
