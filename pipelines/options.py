@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -263,7 +264,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     add = parser.add_argument
     add("kind", choices=tuple(_TRAINING_DEFAULTS),
         help="dual-encoder: aligns images and texts; captioner: writes sentences; matcher: says whether image and text match")  # fmt: skip
-    _add_reading(parser)
+    _add_reading(parser, model_default=f"{_defaults_of('model')}; need no download")
     add("--validation", nargs="+", action="extend", required=True, metavar="PATTERN",
         help="images with captions that are not trained on; of the same kinds as --input")  # fmt: skip
     add("--caption_template", metavar="FILE",
@@ -297,12 +298,14 @@ def _add_training_models(group: argparse._ArgumentGroup) -> None:
              "--language_model)")  # fmt: skip
     add("--language_model", metavar="SPEC", help="captioner: a causal language model, such as hf:gpt2")
     add("--start", metavar="DIR", help="captioner: begin with the weights of this model directory, of the same shapes")
-    add("--hidden_dim", type=_positive_int, help="width of the trained network (default: by the kind)")
+    add(
+        "--hidden_dim", type=_positive_int, help=f"width of the trained network (default: {_defaults_of('hidden_dim')})"
+    )
     add("--num_beams", type=_positive_int, default=3,
         help="captioner: sentences that its search follows when it is used (default: %(default)s)")  # fmt: skip
     add("--num_judged", type=_positive_int, default=2,
         help="captioner: how many of them the model below chooses from, where it aligns images and texts (default: %(default)s)")  # fmt: skip
-    add("--label_margin", type=float, default=0.0,
+    add("--label_margin", type=_finite_float, default=0.0,
         help="captioner: by how much \"a photo of a CLASS\" must fit better than they do, to be chosen (default: %(default)s)")  # fmt: skip
     add("--min_word_count", type=_positive_int, default=5,
         help="captioner: rarer words are left out of the small decoder's vocabulary (default: %(default)s)")  # fmt: skip
@@ -310,31 +313,36 @@ def _add_training_models(group: argparse._ArgumentGroup) -> None:
 
 def _add_training_recipe(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--epochs", type=_positive_int, help="passes over the images (default: by the kind)")
-    add("--images_per_step", type=_positive_int, help="images a training step (default: by the kind)")
-    add("--captions_per_image", type=_positive_int, help="captions of each image in a step (default: by the kind)")
+    add("--epochs", type=_positive_int, help=f"passes over the images (default: {_defaults_of('epochs')})")
+    add(
+        "--images_per_step",
+        type=_positive_int,
+        help=f"images a training step (default: {_defaults_of('images_per_step')})",
+    )
+    add("--captions_per_image", type=_positive_int,
+        help=f"captions of each image in a step (default: {_defaults_of('captions_per_image')})")  # fmt: skip
     add("--learning_rate", type=_positive_float, default=1e-3,
         help="highest rate of the schedule; a fine-tuned model below has a tenth (default: %(default)s)")  # fmt: skip
-    add("--weight_decay", type=_fraction, help="of AdamW (default: by the kind)")
+    add("--weight_decay", type=_fraction, help=f"of AdamW (default: {_defaults_of('weight_decay')})")
     add(
         "--averaging",
         type=_fraction,
-        help="decay of the average of the weights that is kept; 0: the last (default: by the kind)",
+        help=f"decay of the average of the weights that is kept; 0: the last (default: {_defaults_of('averaging')})",
     )
-    add("--dropout", type=_fraction, help="less for more data (default: by the kind)")
+    add("--dropout", type=_fraction, help=f"less for more data (default: {_defaults_of('dropout')})")
     add("--mirrored", action="store_true", help="turn every other image left to right, drawn anew each epoch")
-    add("--mixing", type=float, default=0.0,
+    add("--mixing", type=_weight, default=0.0,
         help="dual-encoder: weight of the loss on images and captions mixed in pairs, which helps small corpora (default: %(default)s)")  # fmt: skip
     add("--objective", default="likelihood", choices=("likelihood", "cider"),
         help="captioner: the likelihood of the captions, or CIDEr-D of what it writes itself, for one that can write "
              "already (default: %(default)s)")  # fmt: skip
-    add("--pseudo_weight", type=float, default=0.0,
+    add("--pseudo_weight", type=_weight, default=0.0,
         help="weight of the loss on images of the model's classes that are made without photos, so that what its "
              "captions never name is not forgotten (default: %(default)s)")  # fmt: skip
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="what is computed in (default: %(default)s, bfloat16 where the processor has it)")  # fmt: skip
     add("--licence", default="", metavar="TEXT", help="what the model card says of the data's licence")
-    add("--seed", type=int, default=0, help="same seed, same result on the same machine (default: %(default)s)")
+    add("--seed", type=_seed, default=0, help="same seed, same result on the same machine (default: %(default)s)")
 
 
 def _check_writer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -342,8 +350,17 @@ def _check_writer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--writer {args.writer} needs --language_model, such as hf:gpt2")
     if args.writer == "compact" and args.language_model:
         parser.error("--language_model is not read by --writer compact; leave one of them out")
+    if args.objective == "cider" and not args.start:
+        parser.error("--objective cider is for a captioner that can write already; name it with --start DIR")
+    if args.objective == "cider" and args.writer != "compact":
+        parser.error(f"--objective cider is for the compact writer; train {args.writer} with --objective likelihood")
     if args.kind == "captioner" and "text" in args.finetune:
         parser.error("--finetune text: a captioner has no text side; its language model is always trained")
+
+
+def _defaults_of(name: str) -> str:
+    """What a flag is for each kind, unless it is given."""
+    return ", ".join(f"{kind} {values[name]}" for kind, values in _TRAINING_DEFAULTS.items())
 
 
 def _sides(text: str) -> frozenset[str]:
@@ -450,7 +467,11 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_reading(parser: argparse.ArgumentParser, is_optional: bool = False) -> None:
+def _add_reading(
+    parser: argparse.ArgumentParser,
+    is_optional: bool = False,
+    model_default: str = "%(default)s, which needs no download",
+) -> None:
     add = parser.add_argument
     add("--input", nargs="+", action="extend", required=not is_optional, default=[], metavar="PATTERN",
         help="folders, globs, {brace..patterns} or files: images, WebDataset tars (plain or gz), Parquet with image bytes, "
@@ -467,7 +488,7 @@ def _add_reading(parser: argparse.ArgumentParser, is_optional: bool = False) -> 
         "--model",
         default=DEFAULT_MODEL,
         metavar="SPEC",
-        help="model spec (default: %(default)s, which needs no download)",
+        help=f"model spec (default: {model_default})",
     )
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the models run (default: %(default)s)")
     add("--batch_size", type=_positive_int, help="images a batch (default: 16 on a CPU, 128 on a GPU)")
@@ -520,6 +541,27 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+    return value
+
+
+def _weight(text: str) -> float:
+    value = _finite_float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -547,3 +589,5 @@ def _json_object(text: str) -> dict[str, Any]:
 _positive_int.__name__ = "whole number"  # argparse shows these in its messages
 _positive_float.__name__ = "number"
 _fraction.__name__ = "fraction"
+_seed.__name__ = "whole number"
+_finite_float.__name__ = _weight.__name__ = "number"

@@ -96,6 +96,7 @@ def run(options: TrainOptions) -> int:
     base, text_base = describe_model(options.model), describe_model(options.text_model)
     flags = {name: getattr(options, name) for name in _FLAGS if options.kind in READ_BY.get(name, (options.kind,))}
     flags |= {"model": base.name, "text_model": text_base.name, "finetune": sorted(options.finetune)}
+    flags |= {"validation": validation.fingerprint}
     module, epochs = _fit(training.task, config, flags, output / _CHECKPOINT)
     parts, description, figures = training.finish(module)
     bases = {"base": base.spec, "base_revision": base.revision, "finetuned": sorted(options.finetune)}
@@ -129,9 +130,17 @@ def _check_models(options: TrainOptions) -> None:
     """Says what cannot be trained before any image is read.
 
     Raises:
-        ValueError: A spec is unknown, or a side is missing.
+        ValueError: A spec is unknown, a side is missing, or the output would replace what it stands on.
+        FileNotFoundError: There is no such template.
     """
     describe_model(options.model)
+    _check_output(options)
+    if options.caption_template is not None:
+        CaptionTemplate.read(options.caption_template)
+    if options.start is not None and ModelDirectory(_start_of(options)).kind != "captioner":
+        raise ValueError(
+            f"--start {options.start} holds no captioner; name a directory that `train captioner` has written"
+        )
     if options.kind != "captioner":
         require_text_side(options.text_model, "name a model that has one with --text_model")
     if options.writer == "vision-encoder-decoder" and options.finetune:
@@ -139,6 +148,23 @@ def _check_models(options: TrainOptions) -> None:
     heads = DecoderConfig.num_heads
     if options.kind == "captioner" and options.writer == "compact" and options.hidden_dim % heads:
         raise ValueError(f"--hidden_dim of the compact writer must be a multiple of {heads}, got {options.hidden_dim}")
+
+
+def _check_output(options: TrainOptions) -> None:
+    """A model that stands in its own base's place would have none."""
+    output = Path(options.output).expanduser().resolve()
+    below = [options.model, options.text_model]
+    while below:
+        spec = below.pop()
+        if not spec.startswith("dir:"):
+            continue
+        path = Path(spec.removeprefix("dir:")).expanduser().resolve()
+        if path == output:
+            raise ValueError(
+                f"--output {options.output} is the directory of {spec}, which the model stands on; name another"
+            )
+        config = ModelDirectory(path).config
+        below += [config[side] for side in ("base", "text_base") if config.get(side)]
 
 
 def _fit(
@@ -429,14 +455,17 @@ def _writer(
     return writer
 
 
+def _start_of(options: TrainOptions) -> Path:
+    return Path(str(options.start).removeprefix("dir:")).expanduser()
+
+
 def _started(options: TrainOptions, writer: Any) -> Any:
     """The writer, with the weights of --start."""
     if options.start is None:
         return writer
-    directory = ModelDirectory(Path(options.start).expanduser())
     try:
-        return directory.fill(writer, "writer")
-    except RuntimeError as error:
+        return ModelDirectory(_start_of(options)).fill(writer, "writer")
+    except ValueError as error:
         raise ValueError(
             f"--start {options.start} holds a captioner of other shapes or words; train with the flags and the data that it "
             "was trained with"

@@ -30,7 +30,7 @@ def text_to_image_ranks(similarity: np.ndarray, owners: np.ndarray) -> np.ndarra
         int[num_captions].
     """
     own = similarity[np.arange(len(owners)), owners]
-    return (similarity >= own[:, None]).sum(axis=1)
+    return _not_below(similarity, own[:, None]).sum(axis=1)
 
 
 def image_to_text_ranks(similarity: np.ndarray, owners: np.ndarray) -> np.ndarray:
@@ -48,7 +48,12 @@ def image_to_text_ranks(similarity: np.ndarray, owners: np.ndarray) -> np.ndarra
     num_images = similarity.shape[1]
     mine = owners[:, None] == np.arange(num_images)[None, :]
     best = np.where(mine, similarity, -np.inf).max(axis=0)
-    return ((similarity >= best[None, :]) & ~mine).sum(axis=0) + 1
+    return (_not_below(similarity, best[None, :]) & ~mine).sum(axis=0) + 1
+
+
+def _not_below(scores: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """What counts against an own score: all that is not surely less. A model whose vectors are no numbers finds nothing."""
+    return ~(scores < own)
 
 
 def recall_at(ranks: np.ndarray, k: int) -> float:
@@ -67,7 +72,7 @@ def top_k_accuracy(scores: np.ndarray, targets: np.ndarray, k: int) -> np.ndarra
         bool[n].
     """
     own = scores[np.arange(len(targets)), targets]
-    return (scores >= own[:, None]).sum(axis=1) <= k
+    return _not_below(scores, own[:, None]).sum(axis=1) <= k
 
 
 def area_under_curve(scores: np.ndarray, targets: np.ndarray) -> float:

@@ -39,7 +39,10 @@ class CaptionTemplate:
         FileNotFoundError: There is no such file.
         ValueError: It holds no valid template.
         """
-        return cls(Path(path).expanduser().read_text(encoding="utf-8"), path)
+        try:
+            return cls(Path(path).expanduser().read_text(encoding="utf-8"), path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no caption template {path!r}; name a file that exists") from error
 
     def captions(self, metadata: str | None) -> list[str]:
         """The different lines that are not empty, of metadata as a JSON object.

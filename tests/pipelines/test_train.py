@@ -246,6 +246,7 @@ def test_the_checkpoint_of_another_training_is_refused(
         ["--finetune", "text"],
         ["--seed", "1"],
         ["--caption_field", "label"],
+        ["--validation", str(corpus / "train.tar")],
     ):
         capsys.readouterr()
         assert train(corpus, tmp_path / "m", *SHORT_OF["dual-encoder"], *flags) == 2
@@ -416,6 +417,47 @@ def test_a_captioner_on_a_dual_encoder_is_described_and_built(
 # --- words for what cannot be done ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("below", ["model", "stack"])
+def test_a_model_does_not_replace_what_it_stands_on(
+    below: str, corpus: Path, model: Path, request: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = config_of(model)
+    base = f"dir:{request.getfixturevalue(below)}"
+    assert train(corpus, model, *SHORT_OF["captioner"], kind="captioner", model=base) == 2
+    assert f"is the directory of dir:{model}, which the model stands on; name another" in capsys.readouterr().err
+    assert config_of(model) == kept
+
+
+def test_wrong_files_are_told_of_before_images_are_read(
+    corpus: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = ["--input", str(tmp_path / "no-images")]
+    for flags, message in (
+        (["--caption_template", "no.jinja"], "there is no caption template 'no.jinja'; name a file that exists"),
+        (["--start", str(tmp_path)], "there is no config.json"),
+        (["--start", f"dir:{model}"], "holds no captioner; name a directory that `train captioner` has written"),
+    ):
+        assert train(corpus, tmp_path / "m", *nowhere, *flags, kind="captioner") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_broken_weights_and_checkpoints_say_so(
+    corpus: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "model.safetensors").write_bytes(weights_of(model)[:100])
+    with pytest.raises(ValueError, match=r"cannot be read: model.safetensors: .*; copy it anew, or train it again"):
+        ModelDirectory(broken).weights("image")
+    (broken / "model.safetensors").write_bytes(weights_of(model))
+    with pytest.raises(ValueError, match="its weights are not of the shapes that config.json tells of"):
+        ModelDirectory(broken).fill(torch.nn.Linear(2, 2), "image")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "checkpoint.pt").write_bytes(b"PK cut")
+    assert train(corpus, tmp_path / "m", *SHORT_OF["dual-encoder"]) == 2
+    assert "checkpoint.pt cannot be read; remove it to start anew" in capsys.readouterr().err
+
+
 def test_what_is_no_model_says_so(model: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no model in '.*nothing': there is no config.json; `beamsight train` writes one"
@@ -473,6 +515,15 @@ def test_a_model_that_is_trained_anew_is_another_one(corpus: Path, tmp_path: Pat
         ("matcher", ["--finetune", "sound"], "must be image, text or image,text, got 'sound'"),
         ("matcher", ["--learning_rate", "0"], "argument --learning_rate: must be above 0, got 0"),
         ("matcher", ["@/no/such.flags"], "/no/such.flags"),
+        ("matcher", ["--seed", "-1"], "argument --seed: must not be negative, got -1"),
+        ("dual-encoder", ["--mixing", "-5"], "argument --mixing: must not be negative, got -5"),
+        ("captioner", ["--label_margin", "nan"], "argument --label_margin: must be finite, got nan"),
+        ("captioner", ["--objective", "cider"], "for a captioner that can write already; name it with --start DIR"),
+        (
+            "captioner",
+            ["--objective", "cider", "--start", "m", "--language_model", "hf:gpt2"],
+            "--objective cider is for the compact writer; train cross-attention with --objective likelihood",
+        ),
     ],
 )
 def test_wrong_flags(kind: str, flags: list[str], message: str, corpus: Path, tmp_path: Path, capsys: Any) -> None:
@@ -500,11 +551,6 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
             "--writer vision-encoder-decoder is always trained as one; leave out --finetune",
         ),
         (
-            "captioner",
-            ["--model", "VIT", "--language_model", "GPT2", "--objective", "cider"],
-            "--objective cider is for the compact writer; train this one with --objective likelihood",
-        ),
-        (
             "dual-encoder",
             ["--model", "VIT", "--text_model", TOY, "--pseudo_weight", "0.5"],
             "--pseudo_weight 0.5 needs a frozen model with a classifier, which 'VIT' is not; leave the flag out",
@@ -513,7 +559,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("captioner", ["--model", "VIT", "--pseudo_weight", "1"], "a classifier, which 'VIT' is not"),
         ("captioner", ["--start", "/nothing"], "no model in '/nothing'"),
         ("dual-encoder", ["--caption_field", "nothing"], "has a caption; name their field with --caption_field"),
-        ("dual-encoder", ["--learning_rate", "1e30"], "is no number; take a smaller --learning_rate than 1e+30"),
+        ("dual-encoder", ["--learning_rate", "1e30"], "are no numbers; take a smaller --learning_rate than 1e+30"),
     ],
 )
 def test_what_cannot_be_trained_says_so(

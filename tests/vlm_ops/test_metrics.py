@@ -76,3 +76,11 @@ def test_observations_of_a_group_are_drawn_together() -> None:
     alone = bootstrap(values, lambda each: float(each.mean()))
     together = bootstrap(values, lambda each: float(each.mean()), np.repeat(np.arange(20), 20))
     assert together.high - together.low > 3 * (alone.high - alone.low)
+
+
+def test_what_is_no_number_is_found_last() -> None:
+    nothing = np.full((4, 3), np.nan)
+    owners = np.array([0, 1, 2, 2])
+    assert text_to_image_ranks(nothing, owners).tolist() == [3, 3, 3, 3]
+    assert image_to_text_ranks(nothing, owners).tolist() == [4, 4, 3]
+    assert not top_k_accuracy(nothing, np.array([0, 1, 2, 0]), 2).any()

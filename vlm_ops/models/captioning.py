@@ -95,6 +95,7 @@ class _Judge:
         self._margin = directory.config["label_margin"]
         self._num_judged = directory.config["num_judged"]
         self._sentences = [class_sentence(name) for name in base.label_names]
+        self._label_sentences = frozenset(self._sentences)
         self._vectors = _vectors_of(base, directory.base, self._sentences) if self._sentences else None
         self._people = _people_evidence(directory) if directory.config["knows_people"] else None
 
@@ -113,7 +114,9 @@ class _Judge:
             if label is not None and (best < 0 or label[1] - self._margin > cosines[best]):
                 captions.append(Caption(self._sentences[label[0]], "labels", self._score(label[1])))
             else:
-                captions.append(Caption(texts[best], "generated", self._score(cosines[best])))
+                # The writer has learnt such sentences from pseudo-images, and may write one by itself.
+                source = "labels" if texts[best] in self._label_sentences else "generated"
+                captions.append(Caption(texts[best], source, self._score(cosines[best])))
         return captions
 
     def _without_invented_people(

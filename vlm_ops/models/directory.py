@@ -89,17 +89,34 @@ class ModelDirectory:
 
     def weights(self, part: str) -> dict[str, Any]:
         """The tensors under a name (`image` for `image.skip.weight`), without it, in float32."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        try:
+            tensors = load_file(self.path / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(
+                f"the model in {str(self.path)!r} cannot be read: {WEIGHTS}: {error}; copy it anew, or train it again"
+            ) from error
         return {
             name.removeprefix(f"{part}."): tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in load_file(self.path / WEIGHTS).items()
+            for name, tensor in tensors.items()
             if name.startswith(f"{part}.")
         }
 
     def fill(self, module: Any, part: str) -> Any:
-        """Loads a part's weights into a module, and puts it into evaluation mode."""
-        module.load_state_dict(self.weights(part))
+        """Loads a part's weights into a module, and puts it into evaluation mode.
+
+        Raises:
+            ValueError: They cannot be read, or are of other shapes.
+        """
+        try:
+            module.load_state_dict(self.weights(part))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the model in {str(self.path)!r} is broken: its weights are not of the shapes that {CONFIG} tells of; "
+                "copy it anew, or train it again"
+            ) from error
         return module.eval()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,9 +137,10 @@ def fit(
             averaged.update_parameters(module)
             losses.append(loss.item())
             on_step(number * steps_an_epoch + len(losses), num_steps)
-        if not np.isfinite(losses).all():
+        if not np.isfinite(losses).all() or not all(each.isfinite().all() for each in module.parameters()):
             raise ValueError(
-                f"the loss of epoch {number + 1} is no number; take a smaller --learning_rate than {config.learning_rate}"
+                f"the loss or the weights of epoch {number + 1} are no numbers; take a smaller --learning_rate than "
+                f"{config.learning_rate}, and remove {checkpoint} if it is there"
             )
         with torch.inference_mode():
             epochs.append(Epoch(number + 1, float(np.mean(losses)), task.validate(_kept(module, averaged, config))))
@@ -198,7 +200,10 @@ def _save(path: Path, parts: Mapping[str, Any], epochs: Sequence[Epoch], identit
 def _resume(path: Path, parts: Mapping[str, Any], identity: Mapping[str, Any]) -> list[Epoch]:
     if not path.is_file():
         return []
-    state = torch.load(path, weights_only=True)
+    try:
+        state = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read; remove it to start anew ({str(error).splitlines()[0]})") from error
     if state["identity"] != dict(identity):
         raise ValueError(f"{path} is the checkpoint of another training (other data or flags); remove it to start anew")
     for name, part in parts.items():

@@ -64,6 +64,7 @@ def write_model(path: Path, parts: Mapping[str, nn.Module], description: Mapping
         description: What loads the model, as JSON.
     """
     path.mkdir(parents=True, exist_ok=True)
+    (path / CONFIG).unlink(missing_ok=True)  # of an earlier model, whose weights are about to go
     weights = {
         f"{part}.{name}": (tensor.to(torch.float16) if tensor.is_floating_point() else tensor)
         .cpu()
