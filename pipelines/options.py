@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -527,46 +527,26 @@ def _check_beam_args(parser: argparse.ArgumentParser, args: argparse.Namespace, 
         parser.error(f"unknown flag {unknown[0]!r}" + (f"; did you mean {close[0]}?" if close else ""))
 
 
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+def _number(kind: Callable[[str], Any], must: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """The type of a flag: a number for which something must hold, and the words that say so."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must {must}, got {text}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse shows it in its messages
+    return parse
 
 
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return value
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
-    return value
-
-
-def _weight(text: str) -> float:
-    value = _finite_float(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text}")
-    return value
+_positive_int = _number(int, "be at least 1", lambda value: value >= 1)
+_seed = _number(int, "not be negative", lambda value: value >= 0)
+_finite_float = _number(float, "be finite", math.isfinite)
+_positive_float = _number(float, "be above 0", lambda value: 0 < value < math.inf)
+_weight = _number(_finite_float, "not be negative", lambda value: value >= 0)
+_fraction = _number(float, "be in [0, 1]", lambda value: 0 <= value <= 1)
+_fraction.__name__ = "fraction"
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -584,10 +564,3 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
     return value
-
-
-_positive_int.__name__ = "whole number"  # argparse shows these in its messages
-_positive_float.__name__ = "number"
-_fraction.__name__ = "fraction"
-_seed.__name__ = "whole number"
-_finite_float.__name__ = _weight.__name__ = "number"
