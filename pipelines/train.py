@@ -32,7 +32,7 @@ from vlm_ops.models import (
     resolve_device,
 )
 from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig
-from vlm_ops.models.directory import ModelDirectory
+from vlm_ops.models.directory import ModelDirectory, path_of
 from vlm_ops.models.onnx_engine import cached_file
 from vlm_ops.publishing import installed_version
 from vlm_ops.sentences import CaptionTemplate
@@ -137,7 +137,7 @@ def _check_models(options: TrainOptions) -> None:
     _check_output(options)
     if options.caption_template is not None:
         CaptionTemplate.read(options.caption_template)
-    if options.start is not None and ModelDirectory(_start_of(options)).kind != "captioner":
+    if options.start is not None and ModelDirectory(path_of(options.start)).kind != "captioner":
         raise ValueError(
             f"--start {options.start} holds no captioner; name a directory that `train captioner` has written"
         )
@@ -152,13 +152,13 @@ def _check_models(options: TrainOptions) -> None:
 
 def _check_output(options: TrainOptions) -> None:
     """A model that stands in its own base's place would have none."""
-    output = Path(options.output).expanduser().resolve()
+    output = path_of(options.output)
     below = [options.model, options.text_model]
     while below:
         spec = below.pop()
         if not spec.startswith("dir:"):
             continue
-        path = Path(spec.removeprefix("dir:")).expanduser().resolve()
+        path = path_of(spec)
         if path == output:
             raise ValueError(
                 f"--output {options.output} is the directory of {spec}, which the model stands on; name another"
@@ -455,21 +455,19 @@ def _writer(
     return writer
 
 
-def _start_of(options: TrainOptions) -> Path:
-    return Path(str(options.start).removeprefix("dir:")).expanduser()
-
-
 def _started(options: TrainOptions, writer: Any) -> Any:
     """The writer, with the weights of --start."""
     if options.start is None:
         return writer
+    weights = ModelDirectory(path_of(options.start)).weights("writer")
     try:
-        return ModelDirectory(_start_of(options)).fill(writer, "writer")
-    except ValueError as error:
+        writer.load_state_dict(weights)
+    except RuntimeError as error:
         raise ValueError(
             f"--start {options.start} holds a captioner of other shapes or words; train with the flags and the data that it "
             "was trained with"
         ) from error
+    return writer
 
 
 def _compact_writer(

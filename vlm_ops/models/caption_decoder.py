@@ -28,7 +28,7 @@ _MAX_GRID = 1e4  # an infinity of a half-precision cache has no logarithm
 # (Wu et al., "Google's Neural Machine Translation System", 2016).
 _LENGTH_POWER = 0.8
 # Share of the images that go on, up to which copying those is cheaper than carrying the others along.
-_CROWDED = 0.8
+_WORTH_COPYING = 0.8
 _WORD_SIZE = 0.04  # standard deviation of a word's numbers at the start
 
 
@@ -253,7 +253,7 @@ class CaptionDecoder(Standardised):
             words = torch.cat([_pick(words, beams), chosen[:, :, None]], dim=2)
             past = _pick(past, beams)
             goes_on = ((chosen != v.END) & (totals > -torch.inf)).any(dim=1)  # there may be fewer sentences than beams
-            if goes_on.float().mean() > _CROWDED:
+            if goes_on.float().mean() > _WORTH_COPYING:
                 continue
             # Images whose sentences have all ended cost no more steps.
             sentences = self._sentences(words[~goes_on, :, 1:], (totals / lengths**_LENGTH_POWER)[~goes_on])

@@ -1,9 +1,9 @@
 """A trained captioner: its base, and a sentence for each image.
 
-Where the base aligns images and texts, it has the last word: the sentence is the best, by its judgement,
-of those that the writer has found and of "a photo of a {class}" for the likeliest classes. Away from the
-scenes of its training a writer tells of what it knows; a plain class name is then nearer the truth. A sentence
-that names people counts only where the features show some.
+Where the base aligns images and texts, it has the last word: the sentence is the best, by its judgement, of the first
+that the writer has found, unless "a photo of a {class}" for one of the likeliest classes fits better by a margin. Away
+from the scenes of its training a writer tells of what it knows; a plain class name is then nearer the truth. A sentence
+that names people counts only where the features show some, and the more easily the surer the writer is of it.
 """
 
 from __future__ import annotations

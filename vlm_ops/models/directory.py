@@ -167,28 +167,28 @@ class ModelDirectory:
 
 def describe(spec: str) -> ModelInfo:
     # By its full path, so that a catalog finds its encoder from any working directory.
-    path = _path_of(spec)
+    path = path_of(spec)
     return describe_at(path, f"dir:{path}")
 
 
 def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> ImageModel:
-    return load_image_model_at(_path_of(spec), describe(spec), device, outputs)
+    return load_image_model_at(path_of(spec), describe(spec), device, outputs)
 
 
 def load_text_model(spec: str, device: str) -> TextModel:
-    return load_text_model_at(_path_of(spec), describe(spec), device)
+    return load_text_model_at(path_of(spec), describe(spec), device)
 
 
 def load_image_backbone(spec: str) -> ImageBackbone:
-    return load_image_backbone_at(_path_of(spec))
+    return load_image_backbone_at(path_of(spec))
 
 
 def load_text_backbone(spec: str) -> TextBackbone:
-    return load_text_backbone_at(_path_of(spec))
+    return load_text_backbone_at(path_of(spec))
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    return load_tokenizer_below(ModelDirectory(_path_of(spec)).text_base.spec)
+    return load_tokenizer_below(ModelDirectory(path_of(spec)).text_base.spec)
 
 
 def describe_at(path: Path, spec: str) -> ModelInfo:
@@ -227,7 +227,8 @@ def _kind(directory: ModelDirectory) -> ModuleType:
     return importlib.import_module(_KINDS[str(directory.kind)])
 
 
-def _path_of(spec: str) -> Path:
+def path_of(spec: str) -> Path:
+    """The directory that `dir:PATH`, or a plain path, names."""
     return Path(spec.removeprefix("dir:")).expanduser().resolve()
 
 

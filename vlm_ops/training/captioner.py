@@ -83,7 +83,9 @@ class CaptionerTask:
         chosen = [
             [sentences[row] for row in np.resize(rows, count)] for rows in self._data.draw_captions(images, count, rng)
         ]
-        inputs = self._data.drawn_inputs(images, rng, self._device)
+        inputs: Mapping[str, torch.Tensor] = self._data.drawn_inputs(images, rng, self._device)
+        if config.objective == "cider":  # both losses read the same images
+            inputs = self.module.inputs(inputs)
         loss = self.module.loss(inputs, chosen, config.label_smoothing)
         if self._pseudo is not None:
             rows = rng.permutation(len(self._pseudo.names))[: config.pseudo_images]
@@ -104,12 +106,11 @@ class CaptionerTask:
         grid[:, :, :width] = features[:, None, :width]
         return grid
 
-    def _self_critical_loss(self, inputs: Mapping[str, torch.Tensor], images: np.ndarray) -> torch.Tensor:
+    def _self_critical_loss(self, seen: Mapping[str, torch.Tensor], images: np.ndarray) -> torch.Tensor:
         """Makes those of the captioner's best sentences likelier that score above their mean. Beam search finds them, as
         Cornia et al. do ("Meshed-Memory Transformer for Image Captioning", CVPR 2020): words drawn at random come from
         the tail that label smoothing leaves, and teach to avoid what is never written anyway."""
         writer, count = self.module.writer, self._config.self_critical_beams
-        seen = self.module.inputs(inputs)
         writer.eval()
         found = [[each.text for each in hypotheses] for hypotheses in writer.write(seen, count)]
         writer.train()

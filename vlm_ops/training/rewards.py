@@ -62,7 +62,7 @@ def nearest(vectors: np.ndarray, count: int) -> np.ndarray:
     for chunk in chunks(len(vectors), _CHUNK):
         similarities = normed[chunk] @ normed.T
         similarities[np.arange(len(similarities)), np.arange(chunk.start, chunk.start + len(similarities))] = -np.inf
-        rows.append(np.argsort(-similarities, axis=1)[:, :count])
+        rows.append(np.argpartition(-similarities, count, axis=1)[:, :count])
     return np.concatenate(rows)
 
 
