@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from schemas.catalog import CatalogLayout, part_name
+from schemas.catalog import CatalogLayout
 from schemas.recipes import Recipe
 from schemas.samples import Failure, Sample, SampleError, ShardRef, clean_text, image_id
 from vlm_ops.images import ImageFacts, decode, preprocess
@@ -88,12 +88,12 @@ class Enricher:
         """
         config = self.config
         catalog, options = CatalogLayout(config.catalog), config.read.storage_options
-        name = part_name(shard.shard_id, config.recipe.recipe_id)
+        name = shard.part_name(config.recipe.recipe_id)
         if found := read_summary(catalog, name, options):
             return PartSummary(**{**vars(found), "is_reused": True})
         stage_sec: dict[str, float] = {}
         with writing_part(
-            catalog, name, self.schema, config.recipe.recipe_id, config.run_id, stage_sec, options
+            catalog, shard, self.schema, config.recipe.recipe_id, config.run_id, stage_sec, options
         ) as part:
             samples = _without_failures(_timed(read_shard(shard, config.read), stage_sec, "read"), part.fail)
             for batch, result in self._in_order(_batched(samples, self.batch_size)):

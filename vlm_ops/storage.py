@@ -7,7 +7,7 @@ import errno
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -163,6 +163,26 @@ def _says_that_it_is_there(error: BaseException) -> bool:
     response = getattr(error.__cause__, "response", None)  # botocore's, where s3fs knows no word for it
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
     return isinstance(error, FileExistsError) or status == _PRECONDITION_FAILED
+
+
+def remove(uri: str, storage_options: StorageOptions | None = None) -> None:
+    """Removes a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        filesystem(uri, storage_options).rm_file(uri)
+
+
+def remove_all(uris: Sequence[str], storage_options: StorageOptions | None = None) -> None:
+    """Removes files of one filesystem, and the local directories that are empty then."""
+    if not uris:
+        return
+    fs = filesystem(uris[0], storage_options)
+    if not is_local(uris[0]):
+        fs.rm(list(uris))
+        return
+    for uri in uris:
+        remove(uri)
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(os.path.dirname(normalise(uri)))
 
 
 def discard_unfinished() -> None:
