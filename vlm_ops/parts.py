@@ -23,7 +23,9 @@ from schemas.tables import FAILURES
 from vlm_ops import storage
 
 _SUMMARY = b"beamsight.part"
-_ROWS_PER_GROUP = 1024
+# Small, so that a single row is cheap to copy: reading a group takes 1.6 ms, where 1024 rows take 22; the file
+# grows by 0.8 %, reading it whole takes a tenth longer.
+_ROWS_PER_GROUP = 128
 _NUM_EXAMPLES = 5
 
 
@@ -41,6 +43,8 @@ class PartSummary:
         num_bytes: Size of the images part.
         failures_num_bytes: Size of the failures part; 0 where there is none.
         examples: Its first failures, as text.
+        num_copied: Rows copied from an image with the same bytes, and not computed.
+        content_digest: Of the samples that were read, as `contents.digest_of` makes it.
         is_reused: Whether an earlier run had made it.
     """
 
@@ -53,6 +57,8 @@ class PartSummary:
     num_bytes: int = 0
     failures_num_bytes: int = 0
     examples: tuple[str, ...] = ()
+    num_copied: int = 0
+    content_digest: str = ""
     is_reused: bool = False
 
 
@@ -66,6 +72,8 @@ class PartWriter:
         self._waiting: list[pa.RecordBatch] = []
         self._num_waiting = 0
         self.num_images = 0
+        self.num_copied = 0
+        self.content_digest = ""
         self.failures: list[Failure] = []
 
     def write(self, columns: Mapping[str, pa.Array], num_rows: int) -> None:
@@ -123,6 +131,8 @@ def writing_part(
             stage_sec=stage_sec,
             failures_num_bytes=failures_num_bytes,
             examples=tuple(_as_text(failure) for failure in writer.failures[:_NUM_EXAMPLES]),
+            num_copied=writer.num_copied,
+            content_digest=writer.content_digest,
         )
         parquet.add_key_value_metadata({_SUMMARY.decode(): json.dumps(asdict(summary))})
 
