@@ -20,7 +20,7 @@ class RunManifest:
         table_version: Version of the images table after the run; -1 where nothing was published.
         num_images: Rows that the run's parts hold.
         num_images_computed: Those of them that the run computed itself.
-        num_images_copied: Those of them that were copied from an image with the same bytes.
+        num_images_copied: Those of them that it copied from an image with the same bytes.
         num_bytes_read: Size of the shards and files that the run read itself.
         parts: Of a refused run, all its parts: the next run goes on from them.
         num_added, num_changed, num_removed: Images of the catalog, as in CommitRecord.

@@ -59,6 +59,21 @@ _IDENTITY = (
         "etag, or size-mtime",
         "Version of a single file; null for members of a shard.",
     ),
+    column("num_bytes", pa.int64(), "reader", "bytes", "Size of the encoded image."),
+    column(
+        "content_sha256",
+        pa.string(),
+        "reader",
+        "64 hex digits",
+        "SHA-256 of the encoded image: equal bytes, equal value.",
+    ),
+    column(
+        "duplicate_of",
+        pa.int64(),
+        "reader",
+        "`image_id`",
+        "The first image with the same bytes, where this is a later one; it may have left the catalog since.",
+    ),
     column("source_captions", pa.list_(pa.string()), "reader", "sentences", "Captions that came with the image."),
     column("source_metadata", pa.string(), "reader", "JSON object", "Everything else that came with the image."),
 )
@@ -67,14 +82,6 @@ _OP_COLUMNS = (
     column("width", pa.int32(), "quality", "pixels", "Width of the upright image, as stored."),
     column("height", pa.int32(), "quality", "pixels", "Height of the upright image, as stored."),
     column("format", pa.string(), "quality", "JPEG, PNG, WEBP, GIF, BMP or TIFF", "Encoding, by content."),
-    column("num_bytes", pa.int64(), "quality", "bytes", "Size of the encoded image."),
-    column(
-        "content_sha256",
-        pa.string(),
-        "quality",
-        "64 hex digits",
-        "SHA-256 of the encoded image: equal bytes, equal value.",
-    ),
     column(
         "phash",
         pa.string(),

@@ -6,11 +6,13 @@ An op is a class with a `name`, a `capability` it asks of its model (None: it ne
 declares as `outputs`: nothing, where the model's preprocessing is all that it wants. Ops that share
 a model share one forward pass, and ops that share a preprocessing share one resize. An op of another
 package is named by its import path, `package.module:Class`.
+
+What an op fills is copied to further images with the same bytes. One that reads more than the pixels declares
+so: `reads = ("source_captions",)` are the columns of the reader on which its own depend.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,7 +84,7 @@ class Op(Protocol):
 
 
 class QualityOp:
-    """Facts about the picture: size, format, hashes, dominant colours."""
+    """Facts about the picture: size, format, perceptual hash, dominant colours."""
 
     name = "quality"
     capability = None
@@ -97,8 +99,6 @@ class QualityOp:
             "width": pa.array([image.width for image in batch.facts], pa.int32()),
             "height": pa.array([image.height for image in batch.facts], pa.int32()),
             "format": pa.array([image.format for image in batch.facts]),
-            "num_bytes": pa.array([len(sample.data) for sample in batch.samples], pa.int64()),
-            "content_sha256": pa.array([hashlib.sha256(sample.data).hexdigest() for sample in batch.samples]),
             "phash": pa.array([str(imagehash.phash(thumbnail)) for thumbnail in thumbnails]),
             "dominant_colors": pa.array(
                 [dominant_colors(thumbnail) for thumbnail in thumbnails], _type_of(self, "dominant_colors")
@@ -170,6 +170,7 @@ class CaptionMatchOp(_ModelOp):
     name = "caption_match"
     capability = "match"
     columns = op_columns("caption_match")
+    reads = ("source_captions",)
 
     def __call__(self, batch: ImageBatch) -> dict[str, pa.Array]:
         encoding = batch.encoding(self.model)
@@ -290,6 +291,11 @@ def load_ops(specs: Iterable[OpSpec], device: str = "auto") -> list[Op]:
             _check_revision(spec, model.info)
         ops.append(op_class(spec.name)(model))
     return ops
+
+
+def reader_columns(ops: Iterable[Op]) -> tuple[str, ...]:
+    """The columns of the reader on which any of the ops depends, besides the image's bytes."""
+    return tuple(dict.fromkeys(name for op in ops for name in getattr(op, "reads", ())))
 
 
 def schema_of(specs: Iterable[OpSpec]) -> pa.Schema:

@@ -107,7 +107,10 @@ def test_nothing_to_search_for(toy_catalog: Path, capsys: pytest.CaptureFixture)
 def test_real_photos_are_found(dev_shard: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     catalog = str(tmp_path / "catalog")
     assert main(["build", "--input", str(dev_shard), "--catalog", catalog, "--device", "cpu"]) == 0
-    assert "images     1000 (shards: 1)\nchanges    1000 added, 0 changed, 0 removed\nfailures   none" in capsys.readouterr().out
+    assert (
+        "images     1000 (shards: 1)\nchanges    1000 added, 0 changed, 0 removed\nfailures   none"
+        in capsys.readouterr().out
+    )
     assert main(["search", catalog, "a dog", "a bicycle", "--json"]) == 0
     for answer, word in zip(lines(capsys), ("dog", "bike"), strict=True):
         captions = [_captions(catalog, row["uri"]) for row in answer["results"]]

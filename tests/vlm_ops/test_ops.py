@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 
 import imagehash
@@ -33,8 +32,6 @@ def test_quality_tells_the_facts() -> None:
     data = encode(photo(3, 120, 90), "PNG")
     columns = {name: array.to_pylist()[0] for name, array in op(batch_of([data], [op])).items()}
     assert (columns["width"], columns["height"], columns["format"]) == (120, 90, "PNG")
-    assert columns["num_bytes"] == len(data)
-    assert columns["content_sha256"] == hashlib.sha256(data).hexdigest()
     assert len(columns["phash"]) == 16
     shares = [color["share"] for color in columns["dominant_colors"]]
     assert sum(shares) == pytest.approx(1, abs=1e-5) and shares == sorted(shares, reverse=True)
