@@ -13,7 +13,7 @@ from vlm_ops.ops import check_installed
 from vlm_ops.planning import PlanConfig, plan_retry
 from vlm_ops.publishing import last_refusal
 from vlm_ops.shards import ReadConfig
-from vlm_ops.states import existing_state
+from vlm_ops.states import current_state, no_catalog
 
 
 def run(options: RetryOptions) -> int:
@@ -25,15 +25,16 @@ def run(options: RetryOptions) -> int:
     """
     resolve_device(options.device)
     catalog = CatalogLayout(storage.normalise(options.catalog))
-    refused = last_refusal(catalog, "", options.storage_options)
+    state = current_state(catalog, options.storage_options)
+    refused = last_refusal(catalog, state.record.run_id if state.record else "", options.storage_options)
     if refused:
         raise ValueError(
             f"the last run of {catalog.root}, {refused.run_id}, published nothing: {refused.failure_rate:.1%} failed; "
             "run its build command again, which tries the failed images again and keeps the good ones "
             f"(inputs: {' '.join(refused.inputs)})"
         )
-    state = existing_state(catalog, options.storage_options)
-    assert state.record is not None
+    if state.record is None:
+        raise no_catalog(catalog)
     recipe = state.record.recipe
     check_installed(recipe.ops)
     read = ReadConfig(recipe.max_image_bytes, recipe.image_column, recipe.caption_field, options.storage_options)

@@ -127,7 +127,8 @@ def publish_index(catalog: CatalogLayout, run_id: str, storage_options: storage.
 
 def new_run_id() -> str:
     """Sorts by time, and is nobody else's."""
-    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    now = datetime.now(timezone.utc)
+    return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{uuid.uuid4().hex[:6]}"
 
 
 def _publish(catalog: CatalogLayout, config: PublishConfig, summaries: Sequence[PartSummary]) -> Commit:
