@@ -1,7 +1,7 @@
 """`beamsight build`: from images to a catalog that can be searched.
 
 Plan (launcher): list the inputs, leave out what the catalog has. Work (runner): a part file a shard.
-Publish (runner, once): one transaction, one index.
+Publish (runner, once): one index and one transaction, which is what readers see.
 """
 
 from __future__ import annotations
@@ -9,53 +9,29 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import apache_beam as beam
+from tqdm import tqdm
 
 from pipelines.options import BuildOptions, input_config, read_config, recipe_of
-from pipelines.progress import Progress
-from pipelines.runners import beam_options, run_to_end
-from pipelines.transforms import EnrichShards, PublishRun, WriteIndex, index_config, write_index
-from schemas.catalog import RUN_REPORT, CatalogLayout, part_name
-from schemas.manifests import RunManifest
+from pipelines.runs import EXIT_OK, Run, execute
+from schemas.catalog import CatalogLayout
 from schemas.recipes import Recipe
-from schemas.samples import ShardRef, clean_text
 from vlm_ops import storage
-from vlm_ops.delta_tables import LivePart, live_parts, open_table, read_columns
-from vlm_ops.enrich import EnrichConfig
-from vlm_ops.faiss_index import newest_manifest
-from vlm_ops.inputs import Listing, list_inputs, pack
+from vlm_ops.inputs import Listing, list_inputs
 from vlm_ops.models import resolve_device
 from vlm_ops.ops import default_ops, plan_ops
-from vlm_ops.pages import write_run_report
-from vlm_ops.publishing import PublishConfig, read_manifest
+from vlm_ops.planning import Plan, PlanConfig, plan_inputs, with_changed_bytes, with_refused_parts
+from vlm_ops.publishing import last_refusal, seconds_per_byte
+from vlm_ops.states import CatalogState, current_state
 
 logger = logging.getLogger(__name__)
-
-EXIT_OK, EXIT_TOO_MANY_FAILURES = 0, 3
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """What there is to do.
-
-    Attributes:
-        recipe: What is computed for every image.
-        shards: The work.
-        num_kept: Shards and single files that the catalog has already.
-    """
-
-    recipe: Recipe
-    shards: tuple[ShardRef, ...]
-    num_kept: int
+_LOG_INTERVAL_SEC = 10.0
 
 
 def run(options: BuildOptions) -> int:
-    """Runs a build.
+    """Runs a build, or says what it would do.
 
     Returns:
         The exit code: 0, or 3 when too many images failed and nothing was published.
@@ -66,149 +42,135 @@ def run(options: BuildOptions) -> int:
     resolve_device(options.device)
     catalog = CatalogLayout(storage.normalise(options.catalog))
     storage.check_writable(catalog.root, options.storage_options)
-    plan = plan_build(options, catalog)
-    run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    if not plan.shards:
-        return _finish_up_to_date(options, catalog, plan)
-    num_files = sum(len(shard.files) for shard in plan.shards)
-    num_shards = sum(shard.format != "files" for shard in plan.shards)
-    logger.info(
-        "run %s: to do: %d shard files, %d single files; kept: %d", run_id, num_shards, num_files, plan.num_kept
-    )
-    started = time.perf_counter()
-    with Progress(run_id, plan.shards):
-        _run_pipeline(options, catalog, plan, run_id)
-    manifest = read_manifest(catalog, run_id, options.storage_options)
-    if manifest.status == "refused":
-        print(refusal(manifest, options.max_failure_rate), file=sys.stderr)
-        return EXIT_TOO_MANY_FAILURES
-    write_run_report(catalog, manifest, options.storage_options)
-    print(summary(manifest, catalog, time.perf_counter() - started))
-    return EXIT_OK
-
-
-def plan_build(options: BuildOptions, catalog: CatalogLayout) -> BuildPlan:
-    """Checks the options against the inputs and the catalog, and finds the work.
-
-    Raises:
-        ValueError: An op, model or format is wrong, or the catalog has another recipe.
-        FileNotFoundError: A pattern matches nothing.
-    """
     recipe = recipe_of(options, plan_ops(options.ops or default_ops(options.model), options.model))
     listing = list_inputs(input_config(options, options.input))
-    live = live_parts(open_table(catalog.images, options.storage_options))
-    live_failures = live_parts(open_table(catalog.failures, options.storage_options))
-    _check_recipe(recipe, live, listing, catalog, options)
-    live_names = {part.name for part in live}
-    shards = [shard for shard in listing.shards if part_name(shard.shard_id, recipe.recipe_id) not in live_names]
-    known = _known_files(catalog, live, live_failures, recipe, options) if listing.files else set()
-    new_files = {
-        place: [file for file in files if (clean_text(file.uri), file.version) not in known]
-        for place, files in listing.files.items()
-    }
-    packs = pack(new_files, options.files_per_shard)
-    num_kept = len(listing.shards) - len(shards) + listing.num_files - sum(len(files) for files in new_files.values())
-    return BuildPlan(recipe, (*shards, *packs), num_kept)
+    state = current_state(catalog, options.storage_options)
+    config = PlanConfig(catalog, recipe, read_config(options), options.files_per_shard, options.num_workers)
+    plan = plan_inputs(config, state, listing)
+    _check_recipe(recipe, state, plan, catalog, options)
+    if options.verify_content:
+        plan = _with_changed_bytes(config, state, listing, plan)
+    since = state.record.run_id if state.record else ""
+    plan = with_refused_parts(config, plan, last_refusal(catalog, since, options.storage_options))
+    if options.dry_run:
+        print(describe(plan, config, state, options))
+        return EXIT_OK
+    if not plan.shards and not (options.prune and plan.gone):
+        num_kept = plan.kept.shards + plan.kept.files
+        print(f"nothing to do: the catalog {catalog.root} has all {num_kept} inputs (shards and single files)")
+        return EXIT_OK
+    logger.info("new: %s; changed: %s; kept: %s", plan.new, plan.changed, plan.kept)
+    if plan.gone and not options.prune:
+        logger.info(
+            "%d images of the catalog are not among these inputs, and stay (--prune removes them)", plan.num_gone
+        )
+    return execute(
+        Run(
+            catalog=catalog,
+            recipe=recipe,
+            action="build",
+            plan=plan,
+            read=config.read,
+            inputs=options.input,
+            prune=options.prune,
+            max_failure_rate=options.max_failure_rate,
+            device=options.device,
+            batch_size=options.batch_size,
+            runner=options.runner,
+            num_workers=options.num_workers,
+            beam_args=options.beam_args,
+        ),
+        state,
+    )
+
+
+def describe(plan: Plan, config: PlanConfig, state: CatalogState, options: BuildOptions) -> str:
+    """What a build would do, for a person."""
+    recipe = config.recipe.recipe_id
+    if plan.num_recomputed and state.record:
+        recipe += (
+            f" instead of {state.record.recipe.recipe_id}: {'; '.join(state.record.recipe.differences(config.recipe))}"
+        )
+    gone = f"{plan.num_gone} images" + (
+        "" if options.prune or not plan.gone else " are not among the inputs; they stay without --prune"
+    )
+    lines = [
+        f"catalog    {config.catalog.root}",
+        f"recipe     {recipe}",
+        f"new        {plan.new}",
+        f"changed    {plan.changed}"
+        + (f" ({plan.num_recomputed} images by another recipe)" if plan.num_recomputed else ""),
+        f"removed    {gone}",
+        f"kept       {plan.kept}",
+    ]
+    pace = seconds_per_byte(config.catalog, config.recipe, config.read.storage_options)
+    if not plan.shards:
+        time_needed = "nothing to compute"
+    elif pace is None or not plan.num_bytes:
+        time_needed = f"not known before a first run ({plan.num_bytes / 1e6:.1f} MB to read)"
+    else:
+        time_needed = f"about {_duration(pace * plan.num_bytes)} ({plan.num_bytes / 1e6:.1f} MB to read)"
+    return "\n".join([*lines, f"time       {time_needed}"])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _check_recipe(
-    recipe: Recipe, live: Iterable[LivePart], listing: Listing, catalog: CatalogLayout, options: BuildOptions
+    recipe: Recipe, state: CatalogState, plan: Plan, catalog: CatalogLayout, options: BuildOptions
 ) -> None:
-    """A catalog holds rows of one recipe: vectors of two encoders cannot be searched together."""
-    others = [part for part in live if part.recipe_id != recipe.recipe_id]
-    if not others:
+    """A catalog holds rows of one recipe: vectors of two encoders cannot be searched together. So another recipe
+    computes all of them anew, if all of them are among the inputs."""
+    if not plan.num_recomputed or state.record is None:
         return
-    num_images = sum(part.num_rows for part in others)
-    if not options.recompute:
+    old = state.record.recipe
+    why = "; ".join(old.differences(recipe))
+    if options.no_recompute:
         raise ValueError(
-            f"{catalog.root} holds {num_images} images of recipe {others[0].recipe_id}, but these options make recipe "
-            f"{recipe.recipe_id} (other ops, model, model version, limits or fields); add --recompute to compute them anew, "
-            "or name another catalog"
+            f"{catalog.root} holds {plan.num_recomputed} images of recipe {old.recipe_id}, but these options make recipe "
+            f"{recipe.recipe_id} ({why}); use the old options, leave out --no_recompute to compute the images anew, or name another catalog"
         )
-    covered = {shard.location_id for shard in listing.shards}
-    uris = {clean_text(file.uri) for files in listing.files.values() for file in files}
-    packed = [part for part in others if part.is_packed]
-    left = [part for part in others if not part.is_packed and part.location_id not in covered]
-    for part, rows in read_columns(catalog.images, packed, ["uri"], options.storage_options):
-        left += [part] * (not uris.issuperset(rows.column("uri").to_pylist()))
-    if left:
+    if plan.gone and not options.prune:
         raise ValueError(
-            f"--recompute needs all inputs of {catalog.root}: {len(left)} of its parts come from inputs that are not given, "
-            "and would keep the old recipe; give them too, or name another catalog"
+            f"these options make recipe {recipe.recipe_id} instead of {old.recipe_id} ({why}), so that all images of {catalog.root} "
+            f"have to be computed anew, but {plan.num_gone} of them are not among the inputs; give their inputs too, "
+            "remove them with --prune, or name another catalog"
         )
+    logger.info("another recipe (%s): %d images are computed anew", why, plan.num_recomputed)
 
 
-def _known_files(
-    catalog: CatalogLayout,
-    live: Iterable[LivePart],
-    live_failures: Iterable[LivePart],
-    recipe: Recipe,
-    options: BuildOptions,
-) -> set[tuple[str, str]]:
-    """(uri, version) of the single files that the catalog has, as rows or as failures."""
-    known: set[tuple[str, str]] = set()
-    for uri, parts in ((catalog.images, live), (catalog.failures, live_failures)):
-        mine = [part for part in parts if part.is_packed and part.recipe_id == recipe.recipe_id]
-        for _, rows in read_columns(uri, mine, ["uri", "source_version"], options.storage_options):
-            known.update(zip(rows.column("uri").to_pylist(), rows.column("source_version").to_pylist(), strict=True))
-    return known
+def _with_changed_bytes(config: PlanConfig, state: CatalogState, listing: Listing, plan: Plan) -> Plan:
+    kept = {shard.uri: shard.num_bytes for shard in listing.shards}
+    kept |= {file.uri: file.num_bytes for files in listing.files.values() for file in files}
+    for shard in plan.shards:
+        for uri in (shard.uri, *(file.uri for file in shard.files)):
+            kept.pop(uri, None)
+    with _comparing(len(kept), sum(kept.values())) as advance:
+        return with_changed_bytes(config, state, listing, plan, advance)
 
 
-def _run_pipeline(options: BuildOptions, catalog: CatalogLayout, plan: BuildPlan, run_id: str) -> None:
-    enrich = EnrichConfig(
-        catalog.root, plan.recipe, run_id, read_config(options), options.device, options.batch_size, options.num_workers
-    )
-    started_at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    publish = PublishConfig(
-        catalog.root, plan.recipe, run_id, started_at, options.input, options.max_failure_rate, options.storage_options
-    )
-    pipeline = beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args))
-    runs = (
-        pipeline
-        | "Shards" >> beam.Create(plan.shards)
-        | "Enrich" >> EnrichShards(enrich)
-        | "Publish" >> PublishRun(publish)
-    )
-    if index := index_config(catalog.root, plan.recipe, options.storage_options):
-        _ = runs | "Index" >> WriteIndex(index)
-    run_to_end(pipeline)
+@contextmanager
+def _comparing(num_inputs: int, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Shows how far the comparison of bytes is: a bar on a terminal, log lines elsewhere."""
+    logger.info("comparing the bytes of %d inputs with the catalog (%.1f MB)", num_inputs, num_bytes / 1e6)
+    logged = time.monotonic()
+    with tqdm(
+        total=num_bytes, unit="B", unit_scale=True, desc="compare", disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+        done = 0
 
+        def advance(size: int) -> None:
+            nonlocal done, logged
+            done += size
+            bar.update(size)
+            if bar.disable and time.monotonic() - logged > _LOG_INTERVAL_SEC:
+                logged = time.monotonic()
+                logger.info("compared %.0f of %.0f MB", done / 1e6, num_bytes / 1e6)
 
-def _finish_up_to_date(options: BuildOptions, catalog: CatalogLayout, plan: BuildPlan) -> int:
-    """Nothing to compute. A run that was killed between its commit and its index still lacks the latter."""
-    table = open_table(catalog.images, options.storage_options)
-    config = index_config(catalog.root, plan.recipe, options.storage_options)
-    manifest = newest_manifest(catalog, options.storage_options)
-    if table is not None and config and (manifest is None or manifest.table_version < table.version()):
-        write_index(config, beam_options(options.runner, options.num_workers, options.beam_args))
-    print(f"nothing to do: the catalog {catalog.root} has all {plan.num_kept} inputs (shards and single files)")
-    return EXIT_OK
-
-
-def refusal(manifest: RunManifest, max_failure_rate: float) -> str:
-    """What a person is told when too many images failed."""
-    return (
-        f"beamsight: nothing was published: {manifest.failure_rate:.1%} failed "
-        f"({manifest.num_failed_images} failed, {manifest.num_images} good), more than --max_failure_rate {max_failure_rate:g}\n"
-        f"  reasons: {manifest.reasons}\n"
-        + "".join(f"  {example}\n" for example in manifest.examples)
-        + "  Mend the input, or allow more with --max_failure_rate, and run again: what was computed is kept."
-    )
-
-
-def summary(manifest: RunManifest, catalog: CatalogLayout, wall_sec: float) -> str:
-    """What a person is told at the end."""
-    reused = f", {manifest.num_shards_reused} of them finished by an earlier run" if manifest.num_shards_reused else ""
-    lines = [
-        f"catalog    {catalog.root}",
-        f"images     {manifest.num_images} (shards: {manifest.num_shards}{reused})",
-        f"failures   {manifest.reasons}",
-    ]
-    if manifest.num_images_computed:
-        rate = manifest.num_images_computed / max(wall_sec, 1e-6)
-        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in manifest.stages)
-        lines += [f"speed      {rate:.1f} images/s, {wall_sec:.1f} s", f"stages     {stages} (thread-seconds)"]
-    return "\n".join([*lines, f"report     {catalog.run_file(manifest.run_id, RUN_REPORT)}"])
+        yield advance
 
 
 if __name__ == "__main__":

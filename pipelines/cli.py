@@ -11,6 +11,10 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "build": "read images, run the models, write the catalog and its index",
+    "retry": "try again what failed",
+    "history": "list the runs that changed a catalog",
+    "rollback": "take table and index back to what they were after a run",
+    "clean": "delete what no kept state of a catalog needs",
     "index": "make a new index from the catalog's table",
     "search": "find images by text or by image",
     "score": "say how likely captions describe their images",

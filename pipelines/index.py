@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import sys
 
+import apache_beam as beam
+
 from pipelines.options import IndexOptions
-from pipelines.runners import beam_options
-from pipelines.transforms import index_config, write_index
+from pipelines.runners import beam_options, run_to_end
+from pipelines.transforms import PublishIndex
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
-from vlm_ops.delta_tables import last_recipe
-from vlm_ops.faiss_index import newest_manifest
+from vlm_ops.faiss_index import read_index_manifest
+from vlm_ops.publishing import new_run_id
+from vlm_ops.states import existing_state
 
 
 def run(options: IndexOptions) -> int:
-    """Makes `indexes/<n+1>`.
+    """Makes an index of the catalog's current state, and commits it.
 
     Raises:
         FileNotFoundError: There is no catalog.
         ValueError: The catalog holds no embeddings.
     """
     catalog = CatalogLayout(storage.normalise(options.catalog))
-    recipe = last_recipe(catalog, options.storage_options)
-    config = index_config(catalog.root, recipe, options.storage_options)
-    if config is None:
+    record = existing_state(catalog, options.storage_options).record
+    if record is None or record.recipe.encoder is None:
         raise ValueError(f"the catalog {catalog.root} holds no embeddings; build it with --ops embedding among them")
-    write_index(config, beam_options(options.runner, options.num_workers, options.beam_args))
-    manifest = newest_manifest(catalog, options.storage_options)
-    assert manifest is not None
+    run_id = new_run_id()
+    pipeline = beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args))
+    _ = pipeline | beam.Create([run_id]) | PublishIndex(catalog.root, options.storage_options)
+    run_to_end(pipeline)
+    manifest = read_index_manifest(catalog, run_id, options.storage_options)
     print(
-        f"index      {catalog.indexes}/{manifest.number}: {manifest.ntotal} vectors of {manifest.d} dimensions, {manifest.factory}"
+        f"index      {catalog.indexes}/{run_id}: {manifest.ntotal} vectors of {manifest.d} dimensions, {manifest.factory}"
     )
     return 0
 

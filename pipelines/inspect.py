@@ -10,8 +10,9 @@ from typing import Any
 from pipelines.options import InspectOptions
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
-from vlm_ops.delta_tables import last_recipe, live_parts, open_table, read_columns
-from vlm_ops.faiss_index import newest_manifest
+from vlm_ops.delta_tables import read_columns
+from vlm_ops.faiss_index import read_index_manifest
+from vlm_ops.states import existing_state
 
 
 def run(options: InspectOptions) -> int:
@@ -26,29 +27,23 @@ def run(options: InspectOptions) -> int:
 
 
 def describe(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> dict[str, Any]:
-    """Images, failures by reason, recipe, versions, index, size on disk.
+    """Images, failures by reason, recipe, index, runs, size on disk.
 
     Raises:
         FileNotFoundError: There is no catalog.
     """
-    recipe = last_recipe(catalog, storage_options)
-    table = open_table(catalog.images, storage_options)
-    assert table is not None
-    parts = live_parts(table)
+    state = existing_state(catalog, storage_options)
+    assert state.record is not None
+    recipe, index = state.record.recipe, None
     failures: Counter[str] = Counter()
-    failed = live_parts(open_table(catalog.failures, storage_options))
-    for _, rows in read_columns(catalog.failures, failed, ["reason"], storage_options):
+    for _, rows in read_columns(catalog.failures, state.failures, ["reason"], storage_options):
         failures.update(rows.column("reason").to_pylist())
-    versions = [
-        {"version": commit["version"], "timestamp_ms": commit["timestamp"], "run_id": commit["run_id"]}
-        for commit in table.history()
-        if "run_id" in commit
-    ]
-    index = newest_manifest(catalog, storage_options)
+    if state.record.index:
+        index = vars(read_index_manifest(catalog, state.record.index, storage_options))
     return {
         "catalog": catalog.root,
-        "images": sum(part.num_rows for part in parts),
-        "parts": len(parts),
+        "images": state.record.num_images,
+        "parts": len(state.images),
         "failures": dict(failures.most_common()),
         "recipe": {
             "recipe_id": recipe.recipe_id,
@@ -57,8 +52,8 @@ def describe(catalog: CatalogLayout, storage_options: storage.StorageOptions) ->
             "max_image_pixels": recipe.max_image_pixels,
             "schema_version": recipe.schema_version,
         },
-        "versions": versions,
-        "index": index and {**vars(index), "is_current": index.table_version == table.version()},
+        "run": {"run_id": state.record.run_id, "action": state.record.action, "committed_at": state.record.committed_at},
+        "index": index,
         "bytes": {name: _size(uri, storage_options) for name, uri in (
             ("images", catalog.images), ("failures", catalog.failures), ("indexes", catalog.indexes), ("runs", catalog.runs),
         )},
@@ -68,14 +63,11 @@ def describe(catalog: CatalogLayout, storage_options: storage.StorageOptions) ->
 def as_text(description: dict[str, Any]) -> str:
     """The description for a person."""
     failures = ", ".join(f"{reason} {count}" for reason, count in description["failures"].items()) or "none"
-    recipe, index = description["recipe"], description["index"]
+    recipe, index, run = description["recipe"], description["index"], description["run"]
     ops = ", ".join(f"{name} ({model})" if model else name for name, model in recipe["ops"].items())
     index_line = "none"
     if index:
-        state = "current" if index["is_current"] else f"of table version {index['table_version']}, not the current one"
-        index_line = (
-            f"{index['number']}: {index['ntotal']} vectors of {index['d']} dimensions, {index['factory']}, {state}"
-        )
+        index_line = f"{index['run_id']}: {index['ntotal']} vectors of {index['d']} dimensions, {index['factory']}"
         index_line += f"\nencoder    {index['encoder']}@{index['encoder_revision']}"
     sizes = ", ".join(f"{name} {_megabytes(size)}" for name, size in description["bytes"].items())
     lines = [
@@ -85,8 +77,7 @@ def as_text(description: dict[str, Any]) -> str:
         f"recipe     {recipe['recipe_id']}: {ops}",
         f"index      {index_line}",
         f"size       {_megabytes(sum(description['bytes'].values()))} ({sizes})",
-        "versions   "
-        + "\n           ".join(f"{each['version']}  run {each['run_id']}" for each in description["versions"]),
+        f"last run   {run['run_id']} ({run['action']}, {run['committed_at']}); all of them: beamsight history {description['catalog']}",
     ]
     return "\n".join(lines)
 

@@ -7,9 +7,11 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from schemas.recipes import (
@@ -54,7 +56,10 @@ class BuildOptions(ReadingOptions):
     catalog: str
     ops: tuple[str, ...] | None
     max_failure_rate: float
-    recompute: bool
+    prune: bool
+    verify_content: bool
+    no_recompute: bool
+    dry_run: bool
     runner: str
     beam_args: tuple[str, ...] = field(default=())
 
@@ -131,6 +136,49 @@ class IndexOptions:
 
 
 @dataclass(frozen=True)
+class RetryOptions:
+    """Flags of `beamsight retry`."""
+
+    catalog: str
+    allowed_schemes: tuple[str, ...]
+    files_per_shard: int
+    device: str
+    batch_size: int | None
+    storage_options: dict[str, Any]
+    runner: str
+    num_workers: int
+    beam_args: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class HistoryOptions:
+    """Flags of `beamsight history`."""
+
+    catalog: str
+    json: bool
+    storage_options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RollbackOptions:
+    """Flags of `beamsight rollback`."""
+
+    catalog: str
+    run_id: str
+    storage_options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CleanOptions:
+    """Flags of `beamsight clean`."""
+
+    catalog: str
+    older_than: timedelta
+    dry_run: bool
+    storage_options: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class SearchOptions:
     """Flags of `beamsight search`."""
 
@@ -164,8 +212,13 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
         help=f"what to compute (default: those of {','.join(DEFAULT_OPS)} that the model serves; also: caption_match)")  # fmt: skip
     add("--max_failure_rate", type=_fraction, default=0.05,
         help="publish nothing, and exit with 3, when a larger share of the images fails (default: %(default)s)")  # fmt: skip
-    add("--recompute", action="store_true",
-        help="allow another recipe than the catalog's: all of its images are computed anew")  # fmt: skip
+    add("--prune", action="store_true",
+        help="remove from the catalog what is not among the inputs (any more)")  # fmt: skip
+    add("--verify_content", action="store_true",
+        help="read all inputs and compare their bytes, instead of trusting sizes, times and etags")  # fmt: skip
+    add("--no_recompute", action="store_true",
+        help="stop, instead of computing all images anew, where these options make another recipe than the catalog's")  # fmt: skip
+    add("--dry_run", action="store_true", help="say what would be done, and do nothing")
     _add_running(parser)
     args, beam_args = parser.parse_known_args(argv)
     _check_beam_args(parser, args, beam_args)
@@ -380,6 +433,45 @@ def parse_index(argv: Sequence[str]) -> IndexOptions:
     return IndexOptions(**vars(args), beam_args=tuple(beam_args))
 
 
+def parse_retry(argv: Sequence[str]) -> RetryOptions:
+    parser = _parser("retry", "Tries again what failed: images, list entries and shards of the failures table.")
+    _add_catalog(parser)
+    _add_allowed_schemes(parser)
+    _add_files_per_shard(parser)
+    _add_computing(parser)
+    _add_storage(parser)
+    _add_running(parser)
+    args, beam_args = parser.parse_known_args(argv)
+    _check_beam_args(parser, args, beam_args)
+    return RetryOptions(**vars(args), beam_args=tuple(beam_args))
+
+
+def parse_history(argv: Sequence[str]) -> HistoryOptions:
+    parser = _parser("history", "Lists the runs that changed a catalog, newest first.")
+    _add_catalog(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON line a run")
+    _add_storage(parser)
+    return HistoryOptions(**vars(parser.parse_args(argv)))
+
+
+def parse_rollback(argv: Sequence[str]) -> RollbackOptions:
+    parser = _parser("rollback", "Takes table, failures and index back to what they were after a run.")
+    _add_catalog(parser)
+    parser.add_argument("run_id", metavar="RUN", help="a run that `beamsight history` lists")
+    _add_storage(parser)
+    return RollbackOptions(**vars(parser.parse_args(argv)))
+
+
+def parse_clean(argv: Sequence[str]) -> CleanOptions:
+    parser = _parser("clean", "Deletes what no kept state of a catalog needs.")
+    _add_catalog(parser)
+    parser.add_argument("--older_than", type=_duration, default=timedelta(days=14), metavar="AGE",
+        help="keep every state that readers have seen since, and files written since: 14d, 36h, 0d (default: 14d)")  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="say what would be deleted, and delete nothing")
+    _add_storage(parser)
+    return CleanOptions(**vars(parser.parse_args(argv)))
+
+
 def parse_search(argv: Sequence[str]) -> SearchOptions:
     parser = _parser("search", "Finds images by text or by image.")
     _add_catalog(parser)
@@ -480,23 +572,36 @@ def _add_reading(
     add("--uri_column", help="column or field of a list that holds the image URIs (default: found by its name)")
     add("--image_column", help="Parquet column that holds the image bytes (default: found by name and type)")
     add("--caption_field", help="metadata field or column that holds captions (default: found by its name)")
-    add("--allowed_schemes", type=_names, default=(), metavar="S[,S]",
-        help="schemes that listed URIs may have (default: the list's own)")  # fmt: skip
-    add("--files_per_shard", type=_positive_int, default=FILES_PER_SHARD,
-        help="single files that make one unit of work (default: %(default)s)")  # fmt: skip
+    _add_allowed_schemes(parser)
+    _add_files_per_shard(parser)
     add(
         "--model",
         default=DEFAULT_MODEL,
         metavar="SPEC",
         help=f"model spec (default: {model_default})",
     )
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the models run (default: %(default)s)")
-    add("--batch_size", type=_positive_int, help="images a batch (default: 16 on a CPU, 128 on a GPU)")
+    _add_computing(parser)
     add("--max_image_bytes", type=_positive_int, default=DEFAULT_MAX_IMAGE_BYTES,
         help="larger files fail (default: %(default)s)")  # fmt: skip
     add("--max_image_pixels", type=_positive_int, default=DEFAULT_MAX_IMAGE_PIXELS,
         help="larger images fail (default: %(default)s)")  # fmt: skip
     _add_storage(parser)
+
+
+def _add_allowed_schemes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allowed_schemes", type=_names, default=(), metavar="S[,S]",
+        help="schemes that listed URIs may have (default: the list's own)")  # fmt: skip
+
+
+def _add_files_per_shard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--files_per_shard", type=_positive_int, default=FILES_PER_SHARD,
+        help="single files that make one unit of work (default: %(default)s)")  # fmt: skip
+
+
+def _add_computing(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the models run (default: %(default)s)")
+    add("--batch_size", type=_positive_int, help="images a batch (default: 16 on a CPU, 128 on a GPU)")
 
 
 def _add_workers(parser: argparse._ActionsContainer) -> None:
@@ -547,6 +652,15 @@ _positive_float = _number(float, "be above 0", lambda value: 0 < value < math.in
 _weight = _number(_finite_float, "not be negative", lambda value: value >= 0)
 _fraction = _number(float, "be in [0, 1]", lambda value: 0 <= value <= 1)
 _fraction.__name__ = "fraction"
+
+
+def _duration(text: str) -> timedelta:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(d|h|m)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of days, hours or minutes, such as 14d, 36h or 90m, got {text!r}"
+        )
+    return timedelta(**{{"d": "days", "h": "hours", "m": "minutes"}[match[2]]: float(match[1])})
 
 
 def _names(text: str) -> tuple[str, ...]:

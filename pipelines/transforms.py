@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
-from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils.shared import Shared
 
 from pipelines import progress
-from pipelines.runners import run_to_end
 from schemas.catalog import CatalogLayout
 from schemas.manifests import IndexManifest, RunManifest
-from schemas.recipes import Recipe
 from schemas.samples import ShardRef
 from vlm_ops.enrich import EnrichConfig, Enricher
-from vlm_ops.faiss_index import build_index
 from vlm_ops.parts import PartSummary
-from vlm_ops.publishing import PublishConfig, publish_run
+from vlm_ops.publishing import PublishConfig, publish_index, publish_run
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +72,7 @@ class EnrichShardDoFn(beam.DoFn):
 
 @dataclass
 class PublishRun(beam.PTransform):
-    """Commits all parts of a run at once, or refuses to.
+    """Indexes and commits all parts of a run at once, or refuses to.
 
     Input: PartSummary. Output: one RunManifest. Gathers the summaries in one place.
 
@@ -93,54 +89,29 @@ class PublishRun(beam.PTransform):
         return parts | beam.combiners.ToList() | beam.Map(_publish, self.config)
 
 
-@dataclass(frozen=True)
-class IndexConfig:
-    """Which catalog to index, by which encoder; travels pickled."""
-
-    catalog: str
-    encoder: str
-    encoder_revision: str
-    storage_options: dict[str, Any] = field(default_factory=dict)
-
-
 @dataclass
-class WriteIndex(beam.PTransform):
-    """Makes an index of the catalog for each element that says it has been committed.
+class PublishIndex(beam.PTransform):
+    """Makes the index of a catalog anew.
 
-    Input: RunManifest, or None for a catalog that is there already. Output: IndexManifest.
+    Input: the run's id. Output: IndexManifest.
+
+    Args:
+        catalog: Root URI.
     """
 
-    config: IndexConfig
+    catalog: str
+    storage_options: dict[str, Any]
 
     def __post_init__(self) -> None:
         super().__init__()
 
-    def expand(self, runs: beam.PCollection) -> beam.PCollection:
-        return runs | beam.Filter(_is_committed) | beam.Map(_index, self.config)
-
-
-def index_config(catalog: str, recipe: Recipe, storage_options: dict[str, Any]) -> IndexConfig | None:
-    """How a catalog of this recipe is indexed; None where it holds no embeddings."""
-    embedding = recipe.op("embedding")
-    if embedding is None or embedding.model is None or embedding.revision is None:
-        return None
-    return IndexConfig(catalog, embedding.model, embedding.revision, storage_options)
-
-
-def write_index(config: IndexConfig, options: PipelineOptions) -> None:
-    """Indexes a catalog that is there already, in a pipeline of its own."""
-    pipeline = beam.Pipeline(options=options)
-    _ = pipeline | beam.Create([None]) | WriteIndex(config)
-    run_to_end(pipeline)
+    def expand(self, run_ids: beam.PCollection) -> beam.PCollection:
+        return run_ids | beam.Map(_index, self.catalog, self.storage_options)
 
 
 def _publish(summaries: list[PartSummary], config: PublishConfig) -> RunManifest:
     return publish_run(config, summaries)
 
 
-def _is_committed(run: RunManifest | None) -> bool:
-    return run is None or run.status == "committed"
-
-
-def _index(run: RunManifest | None, config: IndexConfig) -> IndexManifest:
-    return build_index(CatalogLayout(config.catalog), config.encoder, config.encoder_revision, config.storage_options)
+def _index(run_id: str, catalog: str, storage_options: dict[str, Any]) -> IndexManifest:
+    return publish_index(CatalogLayout(catalog), run_id, storage_options)

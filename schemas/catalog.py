@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 _PART_NAME = re.compile(
-    r"part-(?P<location>[ps][0-9a-f]{16})-(?P<content>[0-9a-f]{12})-(?P<recipe>[0-9a-f]{12})\.parquet"
+    r"part-(?P<location>[ps][0-9a-f]{16})-(?P<content>[0-9a-f]{12})-(?P<recipe>[0-9a-f]{12})(-(?P<revision>[0-9a-f]{8}))?\.parquet"
 )
 
 
@@ -32,12 +32,12 @@ class CatalogLayout:
     def runs(self) -> str:
         return f"{self.root}/runs"
 
-    def index_file(self, number: int, name: str) -> str:
-        """`name` is one of INDEX_MANIFEST, INDEX_FILE, INDEX_ROWS."""
-        return f"{self.indexes}/{number}/{name}"
+    def index_file(self, run_id: str, name: str) -> str:
+        """A file of the index that a run made; `name` is one of INDEX_MANIFEST, INDEX_FILE, INDEX_ROWS."""
+        return f"{self.indexes}/{run_id}/{name}"
 
     def run_file(self, run_id: str, name: str) -> str:
-        """`name` is one of RUN_MANIFEST, RUN_METRICS, RUN_REPORT."""
+        """`name` is one of RUN_MANIFEST, RUN_METRICS, RUN_REPORT, RUN_CONTENTS."""
         return f"{self.runs}/{run_id}/{name}"
 
 
@@ -47,11 +47,12 @@ INDEX_ROWS = "rows.parquet"
 RUN_MANIFEST = "manifest.json"
 RUN_METRICS = "metrics.json"
 RUN_REPORT = "report.html"
+RUN_CONTENTS = "contents.arrow"  # only while the run is at work
 
 
-def part_name(shard_id: str, recipe_id: str) -> str:
-    """File name of a shard's part, the same in `images/` and `failures/`."""
-    return f"part-{shard_id}-{recipe_id}.parquet"
+def part_name(shard_id: str, recipe_id: str, revision: str = "") -> str:
+    """File name of a part. `revision`, 8 hex digits, tells parts of the same shard and version apart."""
+    return f"part-{shard_id}-{recipe_id}{'-' if revision else ''}{revision}.parquet"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class PartName:
     location_id: str
     content_id: str
     recipe_id: str
+    revision: str = ""
+
+    @property
+    def shard_id(self) -> str:
+        return f"{self.location_id}-{self.content_id}"
 
     @property
     def is_packed(self) -> bool:
@@ -71,4 +77,4 @@ class PartName:
 def parse_part_name(name: str) -> PartName | None:
     """The reverse of `part_name`; None for a file that this project did not name."""
     match = _PART_NAME.fullmatch(name)
-    return PartName(match["location"], match["content"], match["recipe"]) if match else None
+    return PartName(match["location"], match["content"], match["recipe"], match["revision"] or "") if match else None

@@ -52,6 +52,31 @@ class Recipe:
     def op(self, name: str) -> OpSpec | None:
         return next((op for op in self.ops if op.name == name), None)
 
+    @property
+    def encoder(self) -> OpSpec | None:
+        """The op whose vectors are indexed; None where there is none."""
+        embedding = self.op("embedding")
+        return embedding if embedding and embedding.model and embedding.revision else None
+
+    def differences(self, other: Recipe) -> list[str]:
+        """What changes from this recipe to another one, for a person."""
+        mine = {op.name: op for op in self.ops}
+        theirs = {op.name: op for op in other.ops}
+        told = [f"op {name} added" for name in theirs if name not in mine]
+        told += [f"op {name} left out" for name in mine if name not in theirs]
+        told += list(
+            dict.fromkeys(
+                f"model {mine[name].model}@{mine[name].revision} -> {op.model}@{op.revision}"
+                for name, op in theirs.items()
+                if name in mine and mine[name] != op
+            )
+        )
+        for name in ("max_image_bytes", "max_image_pixels", "caption_field", "image_column", "schema_version"):
+            old, new = getattr(self, name), getattr(other, name)
+            if old != new:
+                told.append(f"{name} {old} -> {new}")
+        return told or ["order of the ops"]
+
     @classmethod
     def from_dict(cls, values: dict) -> Recipe:
         return cls(**{**values, "ops": tuple(OpSpec(**op) for op in values["ops"])})

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from schemas.catalog import part_name
 
 INPUT_FORMATS = ("auto", "tar", "parquet", "list", "image")
 FILES_PER_SHARD = 1000
@@ -124,6 +127,9 @@ class ShardRef:
         version: Changes whenever the file's content does (an etag, or size and mtime).
         num_bytes: Size on storage, for progress and ETA.
         files: The packed files, for format `files`.
+        revision: Tells parts of the same shard and version apart: 8 hex digits where the shard is
+            read anew although its version has not changed.
+        attempts: How often images of it have failed before, by URI.
     """
 
     uri: str
@@ -131,6 +137,8 @@ class ShardRef:
     version: str
     num_bytes: int
     files: tuple[FileRef, ...] = field(default=(), repr=False)
+    revision: str = ""
+    attempts: Mapping[str, int] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def location_id(self) -> str:
@@ -140,14 +148,18 @@ class ShardRef:
         shard file (`s`) all at once.
         """
         if self.format != "files":
-            return "s" + _digest(self.uri)
-        return "p" + _digest(self.uri, *(file.uri for file in self.files))
+            return "s" + digest(self.uri)
+        return "p" + digest(self.uri, *(file.uri for file in self.files))
+
+    def part_name(self, recipe_id: str) -> str:
+        """File name of the part that this shard becomes."""
+        return part_name(self.shard_id, recipe_id, self.revision)
 
     @property
     def shard_id(self) -> str:
         """Names the place and its content: a changed shard has another one."""
         versions = [f"{file.version}|{file.sidecars}|{file.metadata}|{file.captions}" for file in self.files]
-        return f"{self.location_id}-{_digest(self.version, *versions)[:12]}"
+        return f"{self.location_id}-{digest(self.version, *versions)[:12]}"
 
 
 def image_id(uri: str) -> int:
@@ -167,5 +179,6 @@ def to_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """16 hex digits of the SHA-256 of some texts."""
     return hashlib.sha256(clean_text("\0".join(parts)).encode()).hexdigest()[:16]

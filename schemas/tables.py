@@ -154,6 +154,7 @@ FAILURES = pa.schema(
         ),
         column("message", pa.string(), "build", "sentence", "What went wrong, for a person.", required=True),
         column("source_version", pa.string(), "build", "etag, or size-mtime", "Version of a single file that failed."),
+        column("source", pa.string(), "build", "JSON object", "What `beamsight retry` reads it from again."),
         column("attempts", pa.int32(), "build", "count", "How often it has been tried.", required=True),
         column("recipe_id", pa.string(), "build", "12 hex digits", "Hash of the recipe of the attempt.", required=True),
         column("run_id", pa.string(), "build", "UTC time and suffix", "The run of the last attempt.", required=True),

@@ -1,4 +1,4 @@
-"""The catalog's Delta tables: what is live in them, and how a run's parts become live.
+"""The catalog's Delta tables: what is live in them, and how other parts become live.
 
 Delta Lake (https://delta.io) is Parquet files plus a transaction log; the parts are written first,
 by the workers, and one log entry makes them visible and takes out those they replace.
@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from schemas.catalog import CatalogLayout, parse_part_name
-from schemas.recipes import Recipe
-from schemas.samples import to_json
-from schemas.tables import FAILURES
+from schemas.catalog import PartName, parse_part_name
 from vlm_ops import storage
-from vlm_ops.parts import PartSummary
+
+_APPLICATION = "beamsight"
 
 
 class CommitConflictError(RuntimeError):
@@ -39,20 +36,25 @@ class LivePart:
     num_rows: int
     num_bytes: int
 
+    @cached_property
+    def _parsed(self) -> PartName | None:
+        return parse_part_name(self.name)
+
     @property
     def recipe_id(self) -> str | None:
-        parsed = parse_part_name(self.name)
-        return parsed.recipe_id if parsed else None
+        return self._parsed.recipe_id if self._parsed else None
+
+    @property
+    def shard_id(self) -> str | None:
+        return self._parsed.shard_id if self._parsed else None
 
     @property
     def location_id(self) -> str | None:
-        parsed = parse_part_name(self.name)
-        return parsed.location_id if parsed else None
+        return self._parsed.location_id if self._parsed else None
 
     @property
     def is_packed(self) -> bool:
-        parsed = parse_part_name(self.name)
-        return parsed is not None and parsed.is_packed
+        return self._parsed is not None and self._parsed.is_packed
 
 
 def open_table(uri: str, storage_options: storage.StorageOptions, version: int | None = None) -> DeltaTable | None:
@@ -84,143 +86,84 @@ def read_columns(
             yield part, parquet.read(columns=present)
 
 
-def commit_parts(
-    catalog: CatalogLayout,
-    schema: pa.Schema,
-    summaries: Sequence[PartSummary],
+def set_live(
+    uri: str,
+    schema: pa.Schema | None,
+    parts: Sequence[LivePart],
     run_id: str,
-    recipe: Recipe,
     storage_options: storage.StorageOptions,
+    metadata: Mapping[str, str] | None = None,
+    expected: int | None = None,
 ) -> int:
-    """Makes a run's parts live, and takes out what they replace. Doing it twice does nothing more.
+    """Makes exactly these parts live, in one transaction.
 
-    The failures go first: a run that is killed between the two tables finds its parts unpublished
-    and commits them again.
+    Args:
+        schema: Of the parts; None where the table has all their columns already.
+        run_id: Goes into the log.
+        metadata: Goes into the log too. With it there is a log entry even where no part changes.
+        expected: The sequence number (`sequence_of`) that the table must still have.
 
     Returns:
-        The version of the images table.
+        The table's version.
 
     Raises:
         CommitConflictError: Another run changed the table meanwhile.
     """
-    with_failures = [summary for summary in summaries if summary.failures_num_bytes]
-    failed = [LivePart(part.name, sum(part.num_failures.values()), part.failures_num_bytes) for part in with_failures]
-    names = [summary.name for summary in summaries]
-    new_uris = _packed_uris(catalog, names, {part.name for part in failed}, storage_options)
-    images = [LivePart(part.name, part.num_images, part.num_bytes) for part in summaries]
-    properties = CommitProperties(
-        custom_metadata={"run_id": run_id, "recipe": to_json(recipe)}, app_transactions=[Transaction(run_id, 1)]
-    )
-    changes = _Changes(names, new_uris, run_id, properties, storage_options)
-    _commit(catalog.failures, FAILURES, failed, changes)
-    return _commit(catalog.images, schema, images, changes)
-
-
-def last_recipe(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> Recipe:
-    """The recipe of the catalog's newest rows, as its commit recorded it.
-
-    Raises:
-        FileNotFoundError: There is no catalog.
-    """
-    table = open_table(catalog.images, storage_options)
-    for commit in table.history() if table else []:
-        if "recipe" in commit:
-            return Recipe.from_dict(json.loads(commit["recipe"]))
-    raise FileNotFoundError(
-        f"no catalog at {catalog.root}; make one with `beamsight build --catalog {catalog.root} --input ...`"
-    )
-
-
-@dataclass(frozen=True)
-class _Changes:
-    """What a commit is about, the same for both tables."""
-
-    computed: Sequence[str]
-    new_uris: set[str]
-    run_id: str
-    properties: CommitProperties
-    storage_options: storage.StorageOptions
-
-
-def _commit(uri: str, schema: pa.Schema, added: Sequence[LivePart], changes: _Changes) -> int:
-    storage_options = changes.storage_options
-    table = open_table(uri, storage_options)
-    if table is None:
-        delta_options = storage.delta_options(uri, storage_options)
-        table = DeltaTable.create(uri, schema, mode="ignore", storage_options=delta_options)
-    if table.transaction_version(changes.run_id) is not None:
-        return table.version()
-    _add_missing_columns(table, schema)
-    live = live_parts(table)
-    live_names = {part.name for part in live}
-    replaced = _replaced(live, changes.computed)
-    rewritten, shrunk = _without_rows(uri, [part for part in live if part not in replaced], changes)
-    added = [part for part in added if part.name not in live_names] + shrunk
-    removed = replaced + rewritten
-    if not added and not removed:
-        return table.version()
-    now = int(time.time() * 1000)
-    actions: list[AddAction | RemoveAction] = [
-        AddAction(part.name, part.num_bytes, {}, now, True, json.dumps({"numRecords": part.num_rows})) for part in added
-    ]
-    actions += [RemoveAction(part.name, True, now, part.num_bytes, {}) for part in removed]
     try:
-        table.create_write_transaction(actions, "append", table.schema(), commit_properties=changes.properties)
+        table = open_table(uri, storage_options)
+        if table is None:
+            assert schema is not None
+            table = _create(uri, schema, storage_options)
+        sequence = sequence_of(table)
+        if expected is not None and sequence != expected:
+            raise CommitFailedError(f"it has {sequence} commits instead of {expected}")
+        if schema is not None:
+            _add_missing_columns(table, schema)
+        live = live_parts(table)
+        names, live_names = {part.name for part in parts}, {part.name for part in live}
+        added = [part for part in parts if part.name not in live_names]
+        removed = [part for part in live if part.name not in names]
+        if not added and not removed and metadata is None:
+            return table.version()
+        now = int(time.time() * 1000)
+        actions: list[AddAction | RemoveAction] = [
+            AddAction(part.name, part.num_bytes, {}, now, True, json.dumps({"numRecords": part.num_rows}))
+            for part in added
+        ]
+        actions += [RemoveAction(part.name, True, now, part.num_bytes, {}) for part in removed]
+        # Delta lets two appends pass; two commits of the same number of one application it does not.
+        transactions = [Transaction(_APPLICATION, sequence + 1), Transaction(run_id, 1)]
+        properties = CommitProperties(
+            custom_metadata={"run_id": run_id, **(metadata or {})}, app_transactions=transactions
+        )
+        table.create_write_transaction(actions, "append", table.schema(), commit_properties=properties)
     except CommitFailedError as error:
         raise CommitConflictError(
-            f"another run changed {uri} while this one was committing; run the same command again: "
+            f"another run changed {uri} while this one was at work; run the same command again: "
             f"what was computed is kept ({str(error).splitlines()[0]})"
         ) from error
     table.update_incremental()
-    return table.version()
+    return next(each["version"] for each in table.history() if each.get("run_id") == run_id)
 
 
-def _replaced(live: Sequence[LivePart], computed: Sequence[str]) -> list[LivePart]:
-    """Live parts of the same places as the newly computed ones: other content, or another recipe."""
-    locations = {parsed.location_id for name in computed if (parsed := parse_part_name(name))}
-    return [part for part in live if part.name not in computed and part.location_id in locations]
+def sequence_of(table: DeltaTable | None) -> int:
+    """How many commits of this project the table has seen."""
+    return (table.transaction_version(_APPLICATION) or 0) if table else 0
 
 
-def _packed_uris(
-    catalog: CatalogLayout, names: Sequence[str], with_failures: set[str], storage_options: storage.StorageOptions
-) -> set[str]:
-    """URIs of the single files among the newly computed: their older rows are in packs of other files."""
-    packed = [part for name in names if (part := LivePart(name, 0, 0)).is_packed]
-    tables = [read_columns(catalog.images, packed, ["uri"], storage_options)]
-    tables.append(
-        read_columns(catalog.failures, [p for p in packed if p.name in with_failures], ["uri"], storage_options)
+def has_committed(table: DeltaTable | None, run_id: str) -> bool:
+    return table is not None and table.transaction_version(run_id) is not None
+
+
+def _create(uri: str, schema: pa.Schema, storage_options: storage.StorageOptions) -> DeltaTable:
+    """The log is kept: it is the catalog's history, and `clean` decides how far back one can go."""
+    return DeltaTable.create(
+        uri,
+        schema,
+        mode="ignore",
+        configuration={"delta.logRetentionDuration": "interval 36500 days"},
+        storage_options=storage.delta_options(uri, storage_options),
     )
-    return {uri for read in tables for _, rows in read for uri in rows.column("uri").to_pylist()}
-
-
-def _without_rows(uri: str, live: Sequence[LivePart], changes: _Changes) -> tuple[list[LivePart], list[LivePart]]:
-    """Copies of the packed parts that hold some of the new URIs, without those rows: (old, new) parts."""
-    if not changes.new_uris:
-        return [], []
-    storage_options = changes.storage_options
-    others = [part for part in live if part.name not in changes.computed and part.is_packed]
-    old, new = [], []
-    unwanted = pa.array(sorted(changes.new_uris), pa.string())
-    for part, rows in read_columns(uri, others, ["uri"], storage_options):
-        if not pc.any(pc.is_in(rows.column("uri"), unwanted)).as_py():
-            continue
-        old.append(part)
-        with storage.open_for_reading(f"{uri}/{part.name}", storage_options) as file:
-            whole = pq.read_table(file)
-        kept = whole.filter(pc.invert(pc.is_in(whole.column("uri"), unwanted)))
-        if kept.num_rows:
-            new.append(_write_copy(uri, part.name, kept, storage_options))
-    return old, new
-
-
-def _write_copy(uri: str, name: str, rows: pa.Table, storage_options: storage.StorageOptions) -> LivePart:
-    """A part of the same place and recipe with another content id."""
-    parsed = parse_part_name(name)
-    assert parsed is not None
-    copy = f"part-{parsed.location_id}-{uuid.uuid4().hex[:12]}-{parsed.recipe_id}.parquet"
-    with storage.replacing(f"{uri}/{copy}", storage_options) as path:
-        pq.write_table(rows, path, compression="zstd")
-    return LivePart(copy, rows.num_rows, int(storage.filesystem(uri, storage_options).size(f"{uri}/{copy}")))
 
 
 def _add_missing_columns(table: DeltaTable, schema: pa.Schema) -> None:

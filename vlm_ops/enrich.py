@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from schemas.catalog import CatalogLayout, part_name
+from schemas.catalog import CatalogLayout
 from schemas.recipes import Recipe
 from schemas.samples import Failure, Sample, SampleError, ShardRef, clean_text, image_id, to_json
 from vlm_ops.batch_limits import BatchLimits, is_out_of_memory, release_cached_memory
@@ -151,13 +151,13 @@ class Enricher:
         """
         config = self.config
         catalog, options = CatalogLayout(config.catalog), config.read.storage_options
-        name = part_name(shard.shard_id, config.recipe.recipe_id)
+        name = shard.part_name(config.recipe.recipe_id)
         if found := read_summary(catalog, name, options):
             return PartSummary(**{**vars(found), "is_reused": True})
         stage_sec: dict[str, float] = {}
         with (
             writing_part(
-                catalog, name, self.schema, config.recipe.recipe_id, config.run_id, stage_sec, options
+                catalog, shard, self.schema, config.recipe.recipe_id, config.run_id, stage_sec, options
             ) as part,
             ShardRows() as done,
         ):

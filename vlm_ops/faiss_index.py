@@ -1,4 +1,4 @@
-"""The FAISS index of a catalog: made from the images table alone, and searched.
+"""The FAISS index of a catalog: made from the images' parts alone, and searched.
 
 Up to EXACT_LIMIT vectors the search is exact (inner product of normalised vectors, which is their
 cosine); beyond it, an inverted file with exact distances inside the lists visited
@@ -7,7 +7,6 @@ cosine); beyond it, an inverted file with exact distances inside the lists visit
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,13 +16,16 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.catalog import INDEX_FILE, INDEX_MANIFEST, INDEX_ROWS, CatalogLayout
 from schemas.manifests import IndexManifest
+from schemas.recipes import OpSpec
 from schemas.tables import INDEX_ROW_COLUMNS
 from vlm_ops import storage
-from vlm_ops.delta_tables import LivePart, live_parts, open_table, read_columns
+from vlm_ops.delta_tables import LivePart, read_columns
+from vlm_ops.states import newest_commit, no_catalog
 
 EXACT_LIMIT = 200_000
 _TRAINING_VECTORS_PER_LIST = 64
@@ -40,23 +42,20 @@ def factory_for(num_vectors: int, exact_limit: int = EXACT_LIMIT) -> tuple[str, 
 
 def build_index(
     catalog: CatalogLayout,
-    encoder: str,
-    encoder_revision: str,
+    run_id: str,
+    parts: Sequence[LivePart],
+    encoder: OpSpec,
     storage_options: storage.StorageOptions,
     exact_limit: int = EXACT_LIMIT,
-) -> IndexManifest:
-    """Writes `indexes/<n>` for the current version of the images table.
+) -> IndexManifest | None:
+    """Writes `indexes/<run id>` of the images in some parts. Nobody sees it before a commit names it.
 
-    Raises:
-        ValueError: The table holds no embeddings.
-        FileNotFoundError: There is no images table.
+    Args:
+        encoder: The op that made the embeddings.
+
+    Returns:
+        What it says of itself; None where the parts hold no embeddings.
     """
-    table = open_table(catalog.images, storage_options)
-    if table is None:
-        raise FileNotFoundError(
-            f"no catalog at {catalog.root}: there is no images table; make one with `beamsight build`"
-        )
-    parts = live_parts(table)
     factory, nprobe = factory_for(sum(part.num_rows for part in parts), exact_limit)
     index: Any = None
     rows: list[pa.Table] = []
@@ -68,37 +67,39 @@ def build_index(
         index.add_with_ids(vectors, ids)
         rows.append(part_rows)
     if index is None:
-        raise ValueError(
-            f"the images table of {catalog.root} holds no embeddings; build it with --ops embedding among them"
-        )
-    number = _reserve_number(catalog, storage_options)
-    with storage.replacing(catalog.index_file(number, INDEX_FILE), storage_options) as path:
+        return None
+    with storage.replacing(catalog.index_file(run_id, INDEX_FILE), storage_options) as path:
         faiss.write_index(index, path)
-    with storage.replacing(catalog.index_file(number, INDEX_ROWS), storage_options) as path:
-        sorted_rows = pa.concat_tables(rows, promote_options="default").sort_by("image_id")
-        pq.write_table(sorted_rows, path, row_group_size=_ROWS_PER_GROUP, compression="zstd")
     manifest = IndexManifest(
-        number=number,
-        table_version=table.version(),
-        encoder=encoder,
-        encoder_revision=encoder_revision,
+        run_id=run_id,
+        encoder=encoder.model or "",
+        encoder_revision=encoder.revision or "",
         factory=factory,
         ntotal=index.ntotal,
         d=index.d,
         nprobe=nprobe,
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-    storage.write_bytes(catalog.index_file(number, INDEX_MANIFEST), manifest.to_json().encode(), storage_options)
+    del index
+    with storage.replacing(catalog.index_file(run_id, INDEX_ROWS), storage_options) as path:
+        _write_sorted(rows, path)
+    storage.write_bytes(catalog.index_file(run_id, INDEX_MANIFEST), manifest.to_json().encode(), storage_options)
     return manifest
 
 
-def newest_manifest(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> IndexManifest | None:
-    """Manifest of the newest whole index, or None."""
-    for number in sorted(_numbers(catalog, storage_options), reverse=True):
-        with contextlib.suppress(FileNotFoundError):
-            text = storage.read_bytes(catalog.index_file(number, INDEX_MANIFEST), storage_options)
-            return IndexManifest.from_json(text.decode())
-    return None
+def read_index_manifest(catalog: CatalogLayout, run_id: str, storage_options: storage.StorageOptions) -> IndexManifest:
+    """What the index that a run made says of itself.
+
+    Raises:
+        FileNotFoundError: It is not there any more.
+    """
+    try:
+        text = storage.read_bytes(catalog.index_file(run_id, INDEX_MANIFEST), storage_options).decode()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the index {catalog.indexes}/{run_id} is not there; make it anew with `beamsight index {catalog.root}`"
+        ) from error
+    return IndexManifest.from_json(text)
 
 
 @dataclass(frozen=True)
@@ -135,21 +136,25 @@ class OpenIndex:
 
 
 def open_index(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> OpenIndex:
-    """The newest whole index of a catalog.
+    """The index of a catalog's current state.
 
     Raises:
         FileNotFoundError: There is none.
     """
-    manifest = newest_manifest(catalog, storage_options)
-    if manifest is None:
+    commit = newest_commit(catalog, storage_options)
+    if commit is None:
+        raise no_catalog(catalog)
+    run_id = commit.record.index
+    if run_id is None:
         raise FileNotFoundError(
-            f"no index in {catalog.root}; make a catalog with `beamsight build`, or an index with `beamsight index {catalog.root}`"
+            f"no index in {catalog.root}: its images have no embeddings; build it with --ops embedding among them"
         )
-    with storage.open_for_reading(catalog.index_file(manifest.number, INDEX_FILE), storage_options) as file:
+    manifest = read_index_manifest(catalog, run_id, storage_options)
+    with storage.open_for_reading(catalog.index_file(run_id, INDEX_FILE), storage_options) as file:
         index = faiss.read_index(faiss.PyCallbackIOReader(file.read))  # type: ignore[attr-defined]
     if manifest.nprobe > 1:
         faiss.extract_index_ivf(index).nprobe = manifest.nprobe
-    with storage.open_for_reading(catalog.index_file(manifest.number, INDEX_ROWS), storage_options) as file:
+    with storage.open_for_reading(catalog.index_file(run_id, INDEX_ROWS), storage_options) as file:
         rows = pq.read_table(file)
     return OpenIndex(manifest, index, rows)
 
@@ -178,24 +183,10 @@ def _training_sample(
     return np.concatenate([vectors[::step] for _, vectors, _ in _embeddings(catalog, parts, storage_options)])
 
 
-def _numbers(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> list[int]:
-    fs = storage.filesystem(catalog.indexes, storage_options)
-    fs.invalidate_cache()
-    try:
-        names = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(catalog.indexes, detail=False)]
-    except FileNotFoundError:
-        return []
-    return [int(name) for name in names if name.isdigit()]
-
-
-def _reserve_number(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> int:
-    """The next free n. Its directory is made at once, so that of two runs each gets its own (local
-    filesystems; object stores have no directories to make)."""
-    number = max(_numbers(catalog, storage_options), default=0) + 1
-    fs = storage.filesystem(catalog.indexes, storage_options)
-    while True:
-        try:
-            fs.makedirs(f"{catalog.indexes}/{number}", exist_ok=False)
-            return number
-        except FileExistsError:
-            number += 1
+def _write_sorted(rows: list[pa.Table], path: str) -> None:
+    """Writes rows by their id, a group at a time: a sorted copy of all would double the memory."""
+    table = pa.concat_tables(rows, promote_options="default")
+    order = pc.sort_indices(table.column("image_id"))
+    with pq.ParquetWriter(path, table.schema, compression="zstd") as parquet:
+        for start in range(0, max(len(order), 1), _ROWS_PER_GROUP):
+            parquet.write_table(table.take(order.slice(start, _ROWS_PER_GROUP)))

@@ -28,7 +28,7 @@ from schemas.recipes import DEFAULT_OPS, OpSpec
 from schemas.samples import Sample
 from schemas.tables import images_schema, op_columns
 from vlm_ops.images import ImageFacts
-from vlm_ops.models import ImageEncoding, ImageModel, MatchingModel, describe_model, load_image_model
+from vlm_ops.models import ImageEncoding, ImageModel, MatchingModel, ModelInfo, describe_model, load_image_model
 from vlm_ops.preprocessing import THUMBNAIL, Preprocessing
 
 NUM_LABELS = 5
@@ -249,6 +249,25 @@ def plan_ops(names: Iterable[str], model_spec: str) -> tuple[OpSpec, ...]:
     return tuple(specs)
 
 
+def check_installed(specs: Iterable[OpSpec]) -> None:
+    """Finds out before any work whether the models of a recipe are the installed ones.
+
+    Raises:
+        ValueError: A model is unknown here, or has another revision than the recipe's.
+    """
+    for spec in specs:
+        if spec.model is not None:
+            _check_revision(spec, describe_model(spec.model))
+
+
+def _check_revision(spec: OpSpec, info: ModelInfo) -> None:
+    if info.revision != spec.revision:
+        raise ValueError(
+            f"the recipe asks for model {spec.model}@{spec.revision}, but {info.name} is installed here; "
+            "install the same version of beamsight and of its model packages on launcher and workers"
+        )
+
+
 def load_ops(specs: Iterable[OpSpec], device: str = "auto") -> list[Op]:
     """Loads each model once and makes the ops, in the recipe's order.
 
@@ -269,11 +288,7 @@ def load_ops(specs: Iterable[OpSpec], device: str = "auto") -> list[Op]:
             if spec.model not in models:
                 models[spec.model] = load_image_model(spec.model, device, frozenset(outputs[spec.model]))
             model = models[spec.model]
-            if model.info.revision != spec.revision:
-                raise ValueError(
-                    f"the recipe asks for model {spec.model}@{spec.revision}, but {model.info.name} is installed here; "
-                    "install the same version of beamsight and of its model packages on launcher and workers"
-                )
+            _check_revision(spec, model.info)
         ops.append(op_class(spec.name)(model))
     return ops
 

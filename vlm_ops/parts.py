@@ -1,14 +1,16 @@
 """Part files: the result of one shard, whole or not there at all.
 
 A shard's rows go to `images/part-<shard id>-<recipe id>.parquet`, its failures (if any) to a file
-of the same name in `failures/`. The images part is written last, so that its presence says that
-the shard is done; its footer carries the summary, so that a later run need not compute it again.
+in `failures/` of the same name and a suffix of its own. The images part is written last and only once, so that its
+presence says that the shard is done; its footer carries the summary, so that a later run need not compute it again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.catalog import CatalogLayout
-from schemas.samples import Failure, clean_text
+from schemas.catalog import CatalogLayout, part_name
+from schemas.samples import Failure, ShardRef, clean_text
 from schemas.tables import FAILURES
 from vlm_ops import storage
 
@@ -40,8 +42,10 @@ class PartSummary:
         num_failed_images: Failures that cost an image.
         is_unreadable: Whether nothing could be read from the shard.
         stage_sec: Thread-seconds by stage.
+        source_num_bytes: Size of what was read.
         num_bytes: Size of the images part.
-        failures_num_bytes: Size of the failures part; 0 where there is none.
+        failures_name: File name of the failures part; empty where there is none.
+        failures_num_bytes: Its size.
         examples: Its first failures, as text.
         num_copied: Rows copied from an image with the same bytes, and not computed.
         content_digest: Of the samples that were read, as `contents.digest_of` makes it.
@@ -54,7 +58,9 @@ class PartSummary:
     num_failed_images: int
     is_unreadable: bool
     stage_sec: dict[str, float] = field(default_factory=dict)
+    source_num_bytes: int = 0
     num_bytes: int = 0
+    failures_name: str = ""
     failures_num_bytes: int = 0
     examples: tuple[str, ...] = ()
     num_copied: int = 0
@@ -104,24 +110,28 @@ class PartWriter:
 @contextlib.contextmanager
 def writing_part(
     catalog: CatalogLayout,
-    name: str,
+    shard: ShardRef,
     schema: pa.Schema,
     recipe_id: str,
     run_id: str,
     stage_sec: dict[str, float],
     storage_options: storage.StorageOptions,
 ) -> Iterator[PartWriter]:
-    """Yields a writer; when the block ends without an error, both files appear."""
+    """Yields a writer; when the block ends without an error, both files appear.
+
+    Of two writers of one part the first one wins: what is committed never changes its bytes.
+    """
+    name = shard.part_name(recipe_id)
     with (
-        storage.replacing(f"{catalog.images}/{name}", storage_options) as path,
+        storage.replacing(f"{catalog.images}/{name}", storage_options, only_if_absent=True) as path,
         pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=_dictionary_columns(schema)) as parquet,
     ):
         writer = PartWriter(parquet, recipe_id, run_id)
         yield writer
         writer.flush()
-        failures_num_bytes = _write_failures(
-            f"{catalog.failures}/{name}", writer.failures, recipe_id, run_id, storage_options
-        )
+        failures = [_failure_row(failure, shard) for failure in writer.failures]
+        provenance = {"recipe_id": recipe_id, "run_id": run_id}
+        failed = _write_failures(catalog, shard.shard_id, [row | provenance for row in failures], storage_options)
         summary = PartSummary(
             name=name,
             num_images=writer.num_images,
@@ -129,7 +139,9 @@ def writing_part(
             num_failed_images=sum(failure.loses_image for failure in writer.failures),
             is_unreadable=any(failure.reason == "unreadable_shard" for failure in writer.failures),
             stage_sec=stage_sec,
-            failures_num_bytes=failures_num_bytes,
+            source_num_bytes=shard.num_bytes,
+            failures_name=failed.name if failed else "",
+            failures_num_bytes=failed.num_bytes if failed else 0,
             examples=tuple(_as_text(failure) for failure in writer.failures[:_NUM_EXAMPLES]),
             num_copied=writer.num_copied,
             content_digest=writer.content_digest,
@@ -150,24 +162,36 @@ def read_summary(catalog: CatalogLayout, name: str, storage_options: storage.Sto
     return PartSummary(**{**json.loads(stored), "num_bytes": fs.size(uri)})
 
 
+@dataclass(frozen=True)
+class _Written:
+    name: str
+    num_bytes: int
+
+
 def _write_failures(
-    uri: str, failures: list[Failure], recipe_id: str, run_id: str, storage_options: storage.StorageOptions
-) -> int:
-    if not failures:
-        return 0
-    rows = [_failure_row(failure) | {"recipe_id": recipe_id, "run_id": run_id} for failure in failures]
+    catalog: CatalogLayout, shard_id: str, rows: list[dict[str, Any]], storage_options: storage.StorageOptions
+) -> _Written | None:
+    """A file of its own for each attempt at a shard: one that was killed may have left another."""
+    if not rows:
+        return None
+    name = part_name(shard_id, rows[0]["recipe_id"], uuid.uuid4().hex[:8])
+    uri = f"{catalog.failures}/{name}"
     with storage.replacing(uri, storage_options) as path:
         pq.write_table(pa.Table.from_pylist(rows, schema=FAILURES), path, compression="zstd")
-    return int(storage.filesystem(uri, storage_options).size(uri))
+        return _Written(name, os.path.getsize(path))
 
 
 def _as_text(failure: Failure) -> str:
     return clean_text(f"{failure.reason}: {failure.uri}: {failure.message}")[:500]
 
 
-def _failure_row(failure: Failure) -> dict[str, Any]:
+def _failure_row(failure: Failure, shard: ShardRef) -> dict[str, Any]:
     row = {name: clean_text(value) if isinstance(value, str) else value for name, value in asdict(failure).items()}
-    return {**row, "source_version": row.pop("version"), "attempts": 1}
+    source: dict[str, Any] = {"uri": shard.uri, "format": shard.format}
+    if file := next((file for file in shard.files if file.uri == failure.uri), None):
+        source["file"] = {name: value for name, value in asdict(file).items() if value}
+    attempts = 1 + shard.attempts.get(row["uri"], 0)
+    return {**row, "source_version": row.pop("version"), "source": json.dumps(source), "attempts": attempts}
 
 
 def _dictionary_columns(schema: pa.Schema) -> list[str]:

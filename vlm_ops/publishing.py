@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from schemas.catalog import RUN_MANIFEST, RUN_METRICS, CatalogLayout
-from schemas.manifests import RunManifest
+from schemas.manifests import IndexManifest, RunManifest
 from schemas.recipes import Recipe
 from schemas.samples import to_json
 from vlm_ops import storage
-from vlm_ops.delta_tables import commit_parts
+from vlm_ops.faiss_index import build_index
 from vlm_ops.ops import schema_of
 from vlm_ops.parts import PartSummary
+from vlm_ops.states import (
+    Commit,
+    Contents,
+    Gone,
+    commit_contents,
+    contents_after,
+    count_changes,
+    current_state,
+    existing_state,
+    new_record,
+)
 
 _NUM_EXAMPLES = 10
+_NUM_RUNS_ASKED = 20
 
 
 @dataclass(frozen=True)
 class PublishConfig:
-    """What the commit needs to know; travels pickled."""
+    """What the commit needs to know; travels pickled.
+
+    Attributes:
+        action: `build` or `retry`.
+        gone: What leaves the catalog with this run.
+        max_failure_rate: A larger share of failures publishes nothing; None publishes whatever failed.
+    """
 
     catalog: str
     recipe: Recipe
     run_id: str
+    action: str
     started_at: str
     inputs: tuple[str, ...]
-    max_failure_rate: float
+    gone: Gone
+    max_failure_rate: float | None
     storage_options: dict[str, object] = field(default_factory=dict)
 
 
@@ -47,7 +70,8 @@ def failure_rate(summaries: Sequence[PartSummary]) -> float:
 
 
 def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunManifest:
-    """Commits the parts of a run, unless too many images failed, and writes the run's manifest.
+    """Makes the index of what the catalog is going to hold, commits both at once, and writes the run's
+    manifest; or publishes nothing, where too many images failed.
 
     Raises:
         CommitConflictError: Another run committed at the same time.
@@ -55,42 +79,23 @@ def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunM
     catalog = CatalogLayout(config.catalog)
     summaries = sorted(summaries, key=lambda summary: summary.name)
     rate = failure_rate(summaries)
-    refused = rate > config.max_failure_rate
-    table_version = -1
-    if not refused:
-        schema = schema_of(config.recipe.ops)
-        table_version = commit_parts(catalog, schema, summaries, config.run_id, config.recipe, config.storage_options)
-    started = datetime.fromisoformat(config.started_at)
-    finished = datetime.now(timezone.utc)
-    manifest = RunManifest(
-        run_id=config.run_id,
-        status="refused" if refused else "committed",
-        started_at=config.started_at,
-        finished_at=finished.isoformat(timespec="seconds"),
-        recipe=config.recipe,
-        inputs=config.inputs,
-        table_version=table_version,
-        num_shards=len(summaries),
-        num_shards_reused=sum(summary.is_reused for summary in summaries),
-        num_images=sum(summary.num_images for summary in summaries),
-        num_images_computed=sum(summary.num_images for summary in summaries if not summary.is_reused),
-        num_failed_images=sum(summary.num_failed_images for summary in summaries),
-        num_failures=dict(_total(summary.num_failures for summary in summaries)),
-        failure_rate=rate,
-        examples=tuple(text for summary in summaries for text in summary.examples)[:_NUM_EXAMPLES],
-        sample_parts=tuple(part.name for part in summaries if part.num_images and not part.is_reused)[:_NUM_EXAMPLES],
-        stage_sec=_stages(summaries),
-        wall_sec=round((finished - started).total_seconds(), 3),
-        beamsight_version=installed_version(),
-    )
+    refused = config.max_failure_rate is not None and rate > config.max_failure_rate
+    commit = None if refused else _publish(catalog, config, summaries)
+    manifest = _manifest(config, summaries, rate, commit)
     metrics = {
+        "status": manifest.status,
         "images": manifest.num_images,
+        "images_copied": manifest.num_images_copied,
+        "images_added": manifest.num_added,
+        "images_changed": manifest.num_changed,
+        "images_removed": manifest.num_removed,
         "images_per_sec": round(manifest.num_images_computed / max(manifest.wall_sec, 1e-3), 2),
         "failed_images": manifest.num_failed_images,
         "failure_rate": manifest.failure_rate,
         "failures": manifest.num_failures,
         "shards": manifest.num_shards,
         "shards_reused": manifest.num_shards_reused,
+        "bytes_read": manifest.num_bytes_read,
         "stage_sec": manifest.stage_sec,
         "wall_sec": manifest.wall_sec,
     }
@@ -100,8 +105,128 @@ def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunM
     return manifest
 
 
+def publish_index(catalog: CatalogLayout, run_id: str, storage_options: storage.StorageOptions) -> IndexManifest:
+    """Makes the index of the catalog's current state anew, and commits it.
+
+    Raises:
+        FileNotFoundError: There is no catalog.
+        ValueError: The catalog holds no embeddings.
+        CommitConflictError: Another run committed at the same time.
+    """
+    state = existing_state(catalog, storage_options)
+    assert state.record is not None
+    encoder = state.record.recipe.encoder
+    manifest = encoder and build_index(catalog, run_id, state.images, encoder, storage_options)
+    if not manifest:
+        raise ValueError(f"the catalog {catalog.root} holds no embeddings; build it with --ops embedding among them")
+    contents = Contents(state.images, state.failures)
+    record = new_record(run_id, "index", state.record.recipe, run_id, contents)
+    commit_contents(catalog, state, contents, record, storage_options)
+    return manifest
+
+
+def new_run_id() -> str:
+    """Sorts by time, and is nobody else's."""
+    now = datetime.now(timezone.utc)
+    return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{uuid.uuid4().hex[:6]}"
+
+
+def _publish(catalog: CatalogLayout, config: PublishConfig, summaries: Sequence[PartSummary]) -> Commit:
+    options = config.storage_options
+    state = current_state(catalog, options)
+    if state.commit and state.commit.record.run_id == config.run_id:  # a runner tried again what had been done
+        return state.commit
+    contents = contents_after(catalog, state, summaries, config.gone, options)
+    if state.commit and set(contents.images) == set(state.images) and set(contents.failures) == set(state.failures):
+        return state.commit
+    index = state.record.index if state.record else None
+    encoder = config.recipe.encoder
+    if set(contents.images) != set(state.images):
+        made = build_index(catalog, config.run_id, contents.images, encoder, options) if encoder else None
+        index = made.run_id if made else None
+    changes = count_changes(catalog, state.images, contents.images, options)
+    record = new_record(config.run_id, config.action, config.recipe, index, contents, changes)
+    return commit_contents(catalog, state, contents, record, options, schema_of(config.recipe.ops))
+
+
+def _manifest(
+    config: PublishConfig, summaries: Sequence[PartSummary], rate: float, commit: Commit | None
+) -> RunManifest:
+    started = datetime.fromisoformat(config.started_at)
+    finished = datetime.now(timezone.utc)
+    computed = [summary for summary in summaries if not summary.is_reused]
+    record = commit.record if commit and commit.record.run_id == config.run_id else None
+    return RunManifest(
+        run_id=config.run_id,
+        action=config.action,
+        status="committed" if commit else "refused",
+        started_at=config.started_at,
+        finished_at=finished.isoformat(timespec="seconds"),
+        recipe=config.recipe,
+        inputs=config.inputs,
+        table_version=commit.version if commit else -1,
+        num_shards=len(summaries),
+        num_shards_reused=len(summaries) - len(computed),
+        num_images=sum(summary.num_images for summary in summaries),
+        num_images_computed=sum(summary.num_images - summary.num_copied for summary in computed),
+        num_images_copied=sum(summary.num_copied for summary in computed),
+        num_failed_images=sum(summary.num_failed_images for summary in summaries),
+        num_failures=dict(_total(summary.num_failures for summary in summaries)),
+        failure_rate=rate,
+        examples=tuple(text for summary in summaries for text in summary.examples)[:_NUM_EXAMPLES],
+        sample_parts=tuple(part.name for part in computed if part.num_images)[:_NUM_EXAMPLES],
+        parts=() if commit else tuple(part.name for part in summaries),
+        num_bytes_read=sum(summary.source_num_bytes for summary in computed),
+        num_added=record.num_added if record else 0,
+        num_changed=record.num_changed if record else 0,
+        num_removed=record.num_removed if record else 0,
+        stage_sec=_stages(computed),
+        wall_sec=round((finished - started).total_seconds(), 3),
+        beamsight_version=installed_version(),
+    )
+
+
 def read_manifest(catalog: CatalogLayout, run_id: str, storage_options: storage.StorageOptions) -> RunManifest:
     return RunManifest.from_json(storage.read_bytes(catalog.run_file(run_id, RUN_MANIFEST), storage_options).decode())
+
+
+def last_refusal(
+    catalog: CatalogLayout, since_run_id: str, storage_options: storage.StorageOptions
+) -> RunManifest | None:
+    """The manifest of the newest run, where it published nothing.
+
+    Args:
+        since_run_id: A run that published; only later ones are looked at.
+    """
+    for manifest in _manifests(catalog, storage_options):
+        return manifest if manifest.status == "refused" and manifest.run_id > since_run_id else None
+    return None
+
+
+def refused_runs(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> list[RunManifest]:
+    """Manifests of the runs that published nothing, newest first."""
+    return [manifest for manifest in _manifests(catalog, storage_options) if manifest.status == "refused"]
+
+
+def seconds_per_byte(catalog: CatalogLayout, recipe: Recipe, storage_options: storage.StorageOptions) -> float | None:
+    """How long the newest run of a recipe took for each byte of input; None where there was none."""
+    for manifest in itertools.islice(_manifests(catalog, storage_options), _NUM_RUNS_ASKED):
+        if manifest.recipe == recipe and manifest.num_bytes_read:
+            return manifest.wall_sec / manifest.num_bytes_read
+    return None
+
+
+def _manifests(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> Iterator[RunManifest]:
+    """What runs said of themselves at their end, newest first."""
+    fs = storage.filesystem(catalog.runs, storage_options)
+    fs.invalidate_cache()
+    try:
+        names = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(catalog.runs, detail=False)]
+    except FileNotFoundError:
+        return
+    for run_id in sorted(names, reverse=True):
+        with contextlib.suppress(FileNotFoundError):  # a run that was killed has none
+            yield read_manifest(catalog, run_id, storage_options)
 
 
 def installed_version() -> str:
@@ -111,9 +236,9 @@ def installed_version() -> str:
         return "not installed"
 
 
-def _stages(summaries: Sequence[PartSummary]) -> dict[str, float]:
+def _stages(computed: Sequence[PartSummary]) -> dict[str, float]:
     """Thread-seconds of what this run computed itself."""
-    total = _total(summary.stage_sec for summary in summaries if not summary.is_reused)
+    total = _total(summary.stage_sec for summary in computed)
     return {stage: round(seconds, 3) for stage, seconds in total.items()}
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 StorageOptions = Mapping[str, Any]
+
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_PRECONDITION_FAILED = 412
 
 _unfinished: set[str] = set()  # files that `replacing` is writing in this process
 
@@ -97,11 +101,15 @@ def check_writable(uri: str, storage_options: StorageOptions | None = None) -> N
 
 
 @contextlib.contextmanager
-def replacing(uri: str, storage_options: StorageOptions | None = None) -> Iterator[str]:
+def replacing(uri: str, storage_options: StorageOptions | None = None, only_if_absent: bool = False) -> Iterator[str]:
     """Yields a local path to write; on success its content appears at `uri` in one step.
 
     Locally that step is a rename inside the same directory, on object storage one upload (which
     becomes visible when it is complete). On an error nothing appears and nothing stays behind.
+
+    Args:
+        only_if_absent: Of several that write the same file the first one stays: where `uri` is there
+            already, the new content is dropped.
     """
     if is_local(uri):
         target = normalise(uri)
@@ -113,14 +121,68 @@ def replacing(uri: str, storage_options: StorageOptions | None = None) -> Iterat
     _unfinished.add(path)
     try:
         yield path
-        if is_local(uri):
-            os.replace(path, target)
+        if not is_local(uri):
+            _upload(path, uri, storage_options, only_if_absent)
+        elif only_if_absent:
+            _link(path, target)
         else:
-            filesystem(uri, storage_options).put_file(path, uri)
+            os.replace(path, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         _unfinished.discard(path)
+
+
+def _link(path: str, target: str) -> None:
+    """Gives a finished file its name, unless another one has it: a rename would not ask."""
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if not os.path.lexists(target):  # the best there is on such a filesystem
+            os.replace(path, target)
+
+
+def _upload(path: str, uri: str, storage_options: StorageOptions | None, only_if_absent: bool) -> None:
+    fs = filesystem(uri, storage_options)
+    if not only_if_absent:
+        fs.put_file(path, uri)
+        return
+    try:
+        fs.put_file(path, uri, mode="create")  # If-None-Match on S3, ifGenerationMatch on GCS
+    except Exception as error:
+        if not _says_that_it_is_there(error):
+            raise
+
+
+def _says_that_it_is_there(error: BaseException) -> bool:
+    """Whether a conditional upload failed for its condition: HTTP 412, in the words of each library."""
+    response = getattr(error.__cause__, "response", None)  # botocore's, where s3fs knows no word for it
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    return isinstance(error, FileExistsError) or status == _PRECONDITION_FAILED
+
+
+def remove(uri: str, storage_options: StorageOptions | None = None) -> None:
+    """Removes a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        filesystem(uri, storage_options).rm_file(uri)
+
+
+def remove_all(uris: Sequence[str], storage_options: StorageOptions | None = None) -> None:
+    """Removes files of one filesystem, and the local directories that are empty then."""
+    if not uris:
+        return
+    fs = filesystem(uris[0], storage_options)
+    if not is_local(uris[0]):
+        fs.rm(list(uris))
+        return
+    for uri in uris:
+        remove(uri)
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(os.path.dirname(normalise(uri)))
 
 
 def discard_unfinished() -> None:

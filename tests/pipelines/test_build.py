@@ -14,8 +14,10 @@ import pytest
 from deltalake import DeltaTable
 
 from pipelines.cli import main
+from schemas.catalog import CatalogLayout
 from schemas.tables import images_schema
 from tests.conftest import jpeg, png, tar_bytes
+from vlm_ops.faiss_index import open_index
 
 TOY = "python:tests.toys"
 
@@ -55,7 +57,8 @@ def test_the_default_catalog(toy_catalog: Path, toy_inputs: Path) -> None:
         assert len(row["features"]) == 1280 and len(row["image_embedding"]) == 388 and len(row["labels"]) == 5
         assert sum(x * x for x in row["image_embedding"]) == pytest.approx(1, abs=1e-4)
         assert (row["width"], row["height"], row["format"]) == (96, 64, "JPEG")
-    assert (toy_catalog / "indexes" / "1" / "manifest.json").exists()
+    (run,) = (toy_catalog / "runs").iterdir()
+    assert (toy_catalog / "indexes" / run.name / "manifest.json").exists()
 
 
 def test_the_run_says_what_it_did(toy_catalog: Path) -> None:
@@ -76,7 +79,7 @@ def test_nothing_is_computed_twice(
     flags = ("--max_failure_rate", "1")
     assert build(catalog, photos, tmp_path / "t.tar", flags=flags) == 0
     before = sorted(rows(catalog), key=lambda row: row["uri"])
-    monkeypatch.setattr("pipelines.build._run_pipeline", lambda *_: pytest.fail("it computed something"))
+    monkeypatch.setattr("pipelines.build.execute", lambda *_: pytest.fail("it computed something"))
     capsys.readouterr()
     assert build(catalog, photos, tmp_path / "t.tar", flags=flags) == 0
     assert "nothing to do: the catalog" in capsys.readouterr().out
@@ -114,7 +117,7 @@ def test_new_and_changed_inputs_are_added(photos: Path, tmp_path: Path) -> None:
     assert second["p0"]["content_sha256"] != first["p0"]["content_sha256"]
     assert second["p2"]["source_captions"] == ["a caption that was not there"]
     assert second["p1"]["run_id"] == first["p1"]["run_id"] != second["p0"]["run_id"]
-    assert json.loads((catalog / "indexes" / "2" / "manifest.json").read_text())["ntotal"] == 9
+    assert open_index(CatalogLayout(str(catalog)), {}).manifest.ntotal == 9
 
 
 def test_a_killed_run_goes_on(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -149,8 +152,9 @@ def test_too_many_failures_publish_nothing(photos: Path, tmp_path: Path, capsys:
     assert f"empty_file: {photos}/empty.jpg: zero bytes" in message and f"not_an_image: {photos}/bad.jpg" in message
     assert not (catalog / "images" / "_delta_log").exists() and not (catalog / "indexes").exists()
     assert build(catalog, photos, flags=("--max_failure_rate", "0.3")) == 0
-    assert "6 (shards: 1, 1 of them finished by an earlier run)" in capsys.readouterr().out
-    assert {row["reason"] for row in rows(catalog, "failures")} == {"empty_file", "not_an_image"}
+    assert "6 (shards: 1; copied from the same bytes: 6)" in capsys.readouterr().out
+    failed = rows(catalog, "failures")
+    assert {(row["reason"], row["attempts"]) for row in failed} == {("empty_file", 2), ("not_an_image", 2)}
 
 
 def test_an_unreadable_shard_stops_the_publication(tmp_path: Path) -> None:
@@ -217,18 +221,26 @@ def test_without_embeddings_there_is_no_index(photos: Path, tmp_path: Path, caps
     assert main(["search", str(tmp_path / "c"), "x"]) == 2
 
 
-def test_another_recipe_is_refused_or_recomputed(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_another_recipe_computes_all_images_anew(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
     catalog = tmp_path / "c"
     (tmp_path / "t.tar").write_bytes(tar_bytes([("m.jpg", jpeg(50))]))
     assert build(catalog, photos, tmp_path / "t.tar") == 0
     other = ("--ops", "quality,features,embedding")
-    assert build(catalog, photos, tmp_path / "t.tar", flags=other) == 2
-    assert "holds 7 images of recipe" in (message := capsys.readouterr().err) and "--recompute" in message
-    assert build(catalog, photos, flags=(*other, "--recompute")) == 2
-    assert "--recompute needs all inputs of" in capsys.readouterr().err
-    assert build(catalog, photos, tmp_path / "t.tar", flags=(*other, "--recompute")) == 0
+    assert build(catalog, photos, tmp_path / "t.tar", flags=(*other, "--no_recompute")) == 2
+    message = capsys.readouterr().err
+    assert "holds 7 images of recipe" in message and "(op labels left out; op caption left out)" in message
+    assert build(catalog, photos, flags=other) == 2
+    assert "all images of" in (message := capsys.readouterr().err) and "1 of them are not among the inputs" in message
+    assert build(catalog, photos, tmp_path / "t.tar", flags=(*other, "--dry_run")) == 0
+    assert "changed    1 shard file, 6 single files (7 images by another recipe)" in capsys.readouterr().out
+    assert build(catalog, photos, tmp_path / "t.tar", flags=other) == 0
+    assert "another recipe (op labels left out; op caption left out): 7 images are computed anew" in caplog.text
     assert len(rows(catalog)) == 7 and all(row["labels"] is None for row in rows(catalog))
     assert len({row["recipe_id"] for row in rows(catalog)}) == 1
+    assert build(catalog, photos, flags=("--prune",)) == 0
+    assert len(rows(catalog)) == 6
 
 
 def test_one_worker_and_many_give_the_same_catalog(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
 from pipelines.runners import beam_options, unknown_beam_args
-from pipelines.transforms import EnrichShards, IndexConfig, PublishRun, WriteIndex
+from pipelines.transforms import EnrichShards, PublishIndex, PublishRun
 from schemas.recipes import Recipe
 from schemas.samples import ShardRef
 from tests.conftest import jpeg, tar_bytes
@@ -18,6 +18,7 @@ from vlm_ops.enrich import EnrichConfig
 from vlm_ops.ops import plan_ops
 from vlm_ops.publishing import PublishConfig
 from vlm_ops.shards import ReadConfig
+from vlm_ops.states import Gone
 
 RECIPE = Recipe(plan_ops(["embedding"], "python:tests.toys"), 10**7, 10**7)
 
@@ -30,11 +31,11 @@ def test_shards_become_parts_a_run_and_an_index(tmp_path: Path) -> None:
         shards.append(ShardRef(str(tmp_path / f"{number}.tar"), "tar", "1", len(data)))
     catalog = str(tmp_path / "catalog")
     enrich = EnrichConfig(catalog, RECIPE, "r", ReadConfig(10**7), device="cpu")
-    publish = PublishConfig(catalog, RECIPE, "r", "2026-01-01T00:00:00+00:00", ("in",), 0.0)
+    publish = PublishConfig(catalog, RECIPE, "r", "build", "2026-01-01T00:00:00+00:00", ("in",), Gone(), 0.0)
     with TestPipeline() as pipeline:
         parts = pipeline | beam.Create(shards) | EnrichShards(enrich)
         runs = parts | PublishRun(publish)
-        indexes = runs | WriteIndex(IndexConfig(catalog, "python:tests.toys", "1"))
+        indexes = runs | "again" >> beam.Map(lambda run: run.run_id + "-again") | PublishIndex(catalog, {})
         assert_that(parts | beam.Map(lambda part: part.num_images), equal_to([1, 2, 3]), label="parts")
         assert_that(
             runs | beam.Map(lambda run: (run.status, run.num_images)), equal_to([("committed", 6)]), label="runs"

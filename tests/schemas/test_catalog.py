@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from schemas.catalog import INDEX_MANIFEST, RUN_REPORT, CatalogLayout, PartName, parse_part_name, part_name
@@ -14,7 +16,7 @@ def test_layout() -> None:
     catalog = CatalogLayout("s3://photos/catalog")
     assert catalog.images == "s3://photos/catalog/images"
     assert catalog.failures == "s3://photos/catalog/failures"
-    assert catalog.index_file(3, INDEX_MANIFEST) == "s3://photos/catalog/indexes/3/manifest.json"
+    assert catalog.index_file("r1", INDEX_MANIFEST) == "s3://photos/catalog/indexes/r1/manifest.json"
     assert catalog.run_file("r1", RUN_REPORT) == "s3://photos/catalog/runs/r1/report.html"
 
 
@@ -30,7 +32,9 @@ def test_part_names_there_and_back(shard: ShardRef, is_packed: bool) -> None:
     parsed = parse_part_name(part_name(shard.shard_id, RECIPE_ID))
     assert parsed is not None and parsed.is_packed is is_packed
     assert parsed.location_id == shard.location_id and parsed.recipe_id == RECIPE_ID
-    assert shard.shard_id == f"{parsed.location_id}-{parsed.content_id}"
+    assert shard.shard_id == parsed.shard_id == f"{parsed.location_id}-{parsed.content_id}"
+    revised = parse_part_name(replace(shard, revision="0a1b2c3d").part_name(RECIPE_ID))
+    assert revised == replace(parsed, revision="0a1b2c3d") and revised.shard_id == parsed.shard_id
 
 
 @pytest.mark.parametrize(

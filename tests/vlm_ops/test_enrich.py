@@ -54,7 +54,7 @@ def test_poison_fails_alone(tmp_path: Path) -> None:
     summary = Enricher(config_for(tmp_path)).enrich(shard_of(tmp_path, members))
     good = [row["key"] for row in part_of(tmp_path, summary.name)]
     assert good == [f"{i:02}" for i in range(20) if i not in (3, 11, 12)]
-    failures = part_of(tmp_path, summary.name, "failures")
+    failures = part_of(tmp_path, summary.failures_name, "failures")
     assert [(row["key"], row["stage"], row["reason"]) for row in failures] == [
         (key, "features", "model_error") for key in ("03", "11", "12")
     ]
@@ -73,7 +73,7 @@ def test_bad_images_are_failures_and_never_placeholders(tmp_path: Path) -> None:
     summary = Enricher(config_for(tmp_path)).enrich(shard_of(tmp_path, members))
     assert [row["key"] for row in part_of(tmp_path, summary.name)] == ["a", "e"]
     assert summary.num_failures == {"not_an_image": 1, "empty_file": 1, "truncated_image": 1}
-    offsets = {row["key"]: row["byte_offset"] for row in part_of(tmp_path, summary.name, "failures")}
+    offsets = {row["key"]: row["byte_offset"] for row in part_of(tmp_path, summary.failures_name, "failures")}
     assert offsets["b"] > 512
 
 

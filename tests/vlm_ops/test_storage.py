@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -11,6 +15,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tests.servers import Store, moto_store
 from vlm_ops import storage
 
 
@@ -144,6 +149,85 @@ def test_unfinished_files_are_hidden_and_can_be_discarded(tmp_path: Path) -> Non
         storage.discard_unfinished()
         assert os.listdir(tmp_path) == []
     assert os.listdir(tmp_path) == [] and not leftovers()
+
+
+# --- the first one stays ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Store]:
+    with moto_store("first") as store:
+        yield store
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def shared_place(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> Store:
+    """A place that several processes may write to."""
+    if request.param == "s3":
+        return request.getfixturevalue("s3")
+    return Store(str(tmp_path / "out") if request.param == "local" else f"{memory}/out", {})
+
+
+def test_the_first_one_stays(shared_place: Store) -> None:
+    uri, options = f"{shared_place.uri}/deep/{uuid.uuid4()}", shared_place.options
+    with storage.replacing(uri, options, only_if_absent=True) as late:
+        Path(late).write_bytes(b"late")
+        with storage.replacing(uri, options, only_if_absent=True) as first:
+            Path(first).write_bytes(b"first")
+        assert storage.read_bytes(uri, options) == b"first"
+    assert storage.read_bytes(uri, options) == b"first"
+    with storage.replacing(uri, options) as path:
+        Path(path).write_bytes(b"whoever comes")
+    assert storage.read_bytes(uri, options) == b"whoever comes"
+    fs = storage.filesystem(uri, options)
+    assert [name for name in fs.find(shared_place.uri) if uri.rsplit("/")[-1] in name] == [fs._strip_protocol(uri)]
+    assert not os.path.exists(late) and not os.path.exists(first) and not leftovers()
+
+
+@pytest.mark.parametrize("shared_place", ["local", "s3"], indirect=True)
+def test_of_many_at_once_one_stays_whole(shared_place: Store) -> None:
+    uri, options = f"{shared_place.uri}/{uuid.uuid4()}", shared_place.options
+    together = threading.Barrier(6)
+
+    def write(number: int) -> bytes:
+        with storage.replacing(uri, options, only_if_absent=True) as path:
+            Path(path).write_bytes(bytes([number]) * 100_000)
+            together.wait()
+        return storage.read_bytes(uri, options)
+
+    with ThreadPoolExecutor(6) as pool:
+        seen = set(pool.map(write, range(6)))
+    assert len(seen) == 1 and len(seen.pop()) == 100_000 and not leftovers()
+
+
+def test_the_first_one_stays_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    for content in (b"first", b"late"):
+        with storage.replacing(str(tmp_path / "a"), only_if_absent=True) as path:
+            Path(path).write_bytes(content)
+    assert (tmp_path / "a").read_bytes() == b"first" and os.listdir(tmp_path) == ["a"]
+
+
+def test_other_errors_are_not_taken_for_a_first_one(tmp_path: Path, s3: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        storage.replacing(str(tmp_path / "a"), only_if_absent=True) as path,
+    ):
+        Path(path).write_bytes(b"new")
+    assert os.listdir(tmp_path) == [] and not leftovers()
+    with (
+        pytest.raises(FileNotFoundError, match="bucket does not exist"),
+        storage.replacing("s3://no-such-bucket/a", s3.options, only_if_absent=True) as path,
+    ):
+        Path(path).write_bytes(b"new")
+    assert not os.path.exists(path) and not leftovers()
 
 
 # --- versions ------------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""One run over a plan: the pipeline of `build` and `retry`, what it says at the end, and its exit code."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+import apache_beam as beam
+
+from pipelines.progress import Progress
+from pipelines.runners import beam_options, run_to_end
+from pipelines.transforms import EnrichShards, PublishRun
+from schemas.catalog import RUN_CONTENTS, RUN_REPORT, CatalogLayout
+from schemas.manifests import RunManifest
+from schemas.recipes import Recipe
+from vlm_ops import storage
+from vlm_ops.contents import write_known_contents
+from vlm_ops.enrich import EnrichConfig
+from vlm_ops.pages import write_run_report
+from vlm_ops.planning import Plan, leaving
+from vlm_ops.publishing import PublishConfig, new_run_id, read_manifest
+from vlm_ops.shards import ReadConfig
+from vlm_ops.states import CatalogState, Gone
+
+EXIT_OK, EXIT_TOO_MANY_FAILURES = 0, 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be done, where, and how.
+
+    Attributes:
+        action: `build` or `retry`.
+        inputs: What a person named as inputs.
+        prune: Whether what the plan found gone leaves the catalog.
+        max_failure_rate: As in PublishConfig.
+        runner, num_workers, beam_args: As in `beam_options`.
+    """
+
+    catalog: CatalogLayout
+    recipe: Recipe
+    action: str
+    plan: Plan
+    read: ReadConfig
+    inputs: tuple[str, ...]
+    prune: bool
+    max_failure_rate: float | None
+    device: str
+    batch_size: int | None
+    runner: str
+    num_workers: int
+    beam_args: tuple[str, ...]
+
+
+def execute(run: Run, state: CatalogState) -> int:
+    """Computes, publishes, and says what happened.
+
+    Args:
+        state: What the catalog holds now.
+
+    Returns:
+        The exit code: 0, or 3 when too many images failed and nothing was published.
+    """
+    options = dict(run.read.storage_options)
+    run_id = new_run_id()
+    started = time.perf_counter()
+    known = _write_known_contents(run, state, run_id)
+    enrich = EnrichConfig(
+        run.catalog.root, run.recipe, run_id, run.read, run.device, run.batch_size, run.num_workers, known
+    )
+    publish = PublishConfig(
+        catalog=run.catalog.root,
+        recipe=run.recipe,
+        run_id=run_id,
+        action=run.action,
+        started_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        inputs=run.inputs,
+        gone=run.plan.gone if run.prune else Gone(),
+        max_failure_rate=run.max_failure_rate,
+        storage_options=options,
+    )
+    pipeline = beam.Pipeline(options=beam_options(run.runner, run.num_workers, run.beam_args))
+    shards = pipeline | "Shards" >> beam.Create(run.plan.shards)
+    _ = shards | "Enrich" >> EnrichShards(enrich) | "Publish" >> PublishRun(publish)
+    try:
+        with Progress(run_id, run.plan.shards, title=run.action):
+            run_to_end(pipeline)
+    finally:
+        if known:
+            storage.remove(known, options)
+    manifest = read_manifest(run.catalog, run_id, options)
+    if manifest.status == "refused":
+        print(refusal(manifest, run.max_failure_rate), file=sys.stderr)
+        return EXIT_TOO_MANY_FAILURES
+    write_run_report(run.catalog, manifest, options)
+    print(summary(manifest, run.catalog, time.perf_counter() - started))
+    return EXIT_OK
+
+
+def refusal(manifest: RunManifest, max_failure_rate: float | None) -> str:
+    """What a person is told when too many images failed."""
+    return (
+        f"beamsight: nothing was published: {manifest.failure_rate:.1%} failed "
+        f"({manifest.num_failed_images} failed, {manifest.num_images} good), more than --max_failure_rate {max_failure_rate:g}\n"
+        f"  reasons: {manifest.reasons}\n"
+        + "".join(f"  {example}\n" for example in manifest.examples)
+        + "  Mend the input, or allow more with --max_failure_rate, and run the same command again: what is good is kept, "
+        "what failed is tried again."
+    )
+
+
+def summary(manifest: RunManifest, catalog: CatalogLayout, wall_sec: float) -> str:
+    """What a person is told at the end."""
+    parts = [f"shards: {manifest.num_shards}"]
+    if manifest.num_shards_reused:
+        parts[0] += f", {manifest.num_shards_reused} of them finished by an earlier run"
+    if manifest.num_images_copied:
+        parts.append(f"copied from the same bytes: {manifest.num_images_copied}")
+    lines = [
+        f"catalog    {catalog.root}",
+        f"images     {manifest.num_images} ({'; '.join(parts)})",
+        f"changes    {manifest.num_added} added, {manifest.num_changed} changed, {manifest.num_removed} removed",
+        f"failures   {manifest.reasons}",
+    ]
+    if manifest.num_images_computed:
+        rate = manifest.num_images_computed / max(wall_sec, 1e-6)
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in manifest.stages)
+        lines += [f"speed      {rate:.1f} images/s, {wall_sec:.1f} s", f"stages     {stages} (thread-seconds)"]
+    return "\n".join([*lines, f"report     {catalog.run_file(manifest.run_id, RUN_REPORT)}"])
+
+
+def _write_known_contents(run: Run, state: CatalogState, run_id: str) -> str | None:
+    """The file in which workers look for images whose bytes the catalog has already; None where there can be none."""
+    live = [part for part in state.images if part.recipe_id == run.recipe.recipe_id]
+    parts = [*live, *run.plan.uncommitted]
+    if not run.plan.shards or not any(part.num_rows for part in parts):
+        return None
+    uri = run.catalog.run_file(run_id, RUN_CONTENTS)
+    write_known_contents(uri, run.catalog.images, parts, run.read.storage_options, leaving(run.plan, run.prune))
+    return uri

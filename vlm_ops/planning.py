@@ -1,0 +1,339 @@
+"""What a run has to do: inputs against what the catalog has, or failures that are tried again.
+
+A shard is known by its place and version, a single file by its URI and version. Nothing is computed here, and
+nothing is read but what the catalog says of itself; only where bytes are to be compared, the inputs are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.catalog import CatalogLayout, parse_part_name
+from schemas.manifests import RunManifest
+from schemas.recipes import Recipe
+from schemas.samples import HARMLESS_REASONS, FileRef, Sample, ShardRef, clean_text, digest
+from vlm_ops import storage
+from vlm_ops.contents import digest_of
+from vlm_ops.delta_tables import LivePart, read_columns
+from vlm_ops.inputs import Listing, pack
+from vlm_ops.parts import PartSummary, read_summary
+from vlm_ops.shards import ReadConfig, read_shard
+from vlm_ops.states import CatalogState, Gone
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What plans are made for.
+
+    Attributes:
+        read: How inputs are read.
+        files_per_shard: Single files that make one unit of work.
+        num_threads: How many inputs are read at a time, where bytes are compared.
+    """
+
+    catalog: CatalogLayout
+    recipe: Recipe
+    read: ReadConfig
+    files_per_shard: int
+    num_threads: int = 2
+
+
+@dataclass(frozen=True)
+class Counts:
+    """So many shard files, and so many single files."""
+
+    shards: int = 0
+    files: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.shards} shard file{'s' * (self.shards != 1)}, {self.files} single file{'s' * (self.files != 1)}"
+
+    def __bool__(self) -> bool:
+        return bool(self.shards or self.files)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do.
+
+    Attributes:
+        shards: The work.
+        new: Inputs that the catalog has not.
+        changed: Inputs that it has otherwise: in another version, with other bytes, or by another recipe.
+        kept: Inputs that it has as they are.
+        gone: What the catalog has and the inputs have not.
+        num_gone: Images of `gone`.
+        num_recomputed: Images of the catalog that another recipe made.
+        uncommitted: Parts of a run that was not published; images whose bytes are in them are not computed again.
+    """
+
+    shards: tuple[ShardRef, ...] = ()
+    new: Counts = field(default_factory=Counts)
+    changed: Counts = field(default_factory=Counts)
+    kept: Counts = field(default_factory=Counts)
+    gone: Gone = field(default_factory=Gone)
+    num_gone: int = 0
+    num_recomputed: int = 0
+    uncommitted: tuple[LivePart, ...] = field(default=(), repr=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of what there is to read, as far as it is known."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+
+def plan_inputs(config: PlanConfig, state: CatalogState, listing: Listing) -> Plan:
+    """What there is to do for these inputs, going by their versions."""
+    recipe_id = config.recipe.recipe_id
+    live = [part for part in (*state.images, *state.failures) if not part.is_packed]
+    known_shards = {part.shard_id for part in live if part.recipe_id == recipe_id}
+    known_places = {part.location_id for part in live}
+    todo = [shard for shard in listing.shards if shard.shard_id not in known_shards]
+    num_changed = sum(shard.location_id in known_places for shard in todo)
+
+    known = _known_files(config, state)
+    files = {place: [file for file in files if not known.has(file)] for place, files in listing.files.items()}
+    num_files = sum(map(len, files.values()))
+    changed_files = sum(clean_text(file.uri) in known.versions for each in files.values() for file in each)
+
+    listed = {clean_text(file.uri) for each in listing.files.values() for file in each}
+    places = {shard.location_id for shard in listing.shards}
+    gone_places = frozenset(part.location_id for part in live if part.location_id and part.location_id not in places)
+    gone_uris = tuple(uri for uri in known.versions if uri not in listed)
+    num_gone = sum(part.num_rows for part in state.images if not part.is_packed and part.location_id in gone_places)
+    return Plan(
+        shards=(*todo, *pack(files, config.files_per_shard)),
+        new=Counts(len(todo) - num_changed, num_files - changed_files),
+        changed=Counts(num_changed, changed_files),
+        kept=Counts(len(listing.shards) - len(todo), listing.num_files - num_files),
+        gone=Gone(gone_places, gone_uris),
+        num_gone=num_gone + sum(uri not in known.failed for uri in gone_uris),
+        num_recomputed=sum(part.num_rows for part in state.images if part.recipe_id != recipe_id),
+    )
+
+
+def with_changed_bytes(
+    config: PlanConfig, state: CatalogState, listing: Listing, plan: Plan, advance: Advance = lambda num_bytes: None
+) -> Plan:
+    """A plan, and with it the inputs whose version has not changed, but whose bytes have (or what stands beside them).
+
+    Reads all inputs that the plan keeps.
+
+    Args:
+        advance: Called with the size of each input that has been read.
+    """
+    todo = {shard.shard_id for shard in plan.shards}
+    planned = {file.uri for shard in plan.shards for file in shard.files}
+    shards = [shard for shard in listing.shards if shard.shard_id not in todo]
+    parts = {part.shard_id: part for part in state.images}
+    files = [(place, file) for place, each in listing.files.items() for file in each if file.uri not in planned]
+    rows = _rows_of_files(config, state)
+    with ThreadPoolExecutor(config.num_threads) as pool:
+        digests = pool.map(lambda shard: _digest_of_shard(shard, config, advance), shards)
+        changed = [
+            replace(shard, revision=now[:8])
+            for shard, now in zip(shards, digests, strict=True)
+            if now != _digest_of_part(parts.get(shard.shard_id), config)
+        ]
+        digests = pool.map(lambda each: _digest_of_file(each[0], each[1], config, advance), files)
+        changed_files: dict[str, list[FileRef]] = {}
+        contents: dict[str, str] = {}
+        for (place, file), now in zip(files, digests, strict=True):
+            if now and now != rows.get(clean_text(file.uri)):
+                changed_files.setdefault(place, []).append(file)
+                contents[file.uri] = now
+    packs = [
+        replace(each, revision=digest(*(contents[file.uri] for file in each.files))[:8])
+        for each in pack(changed_files, config.files_per_shard)
+    ]
+    found = Counts(len(changed), len(contents))
+    return replace(
+        plan,
+        shards=(*plan.shards, *changed, *packs),
+        changed=Counts(plan.changed.shards + found.shards, plan.changed.files + found.files),
+        kept=Counts(plan.kept.shards - found.shards, plan.kept.files - found.files),
+    )
+
+
+def with_refused_parts(config: PlanConfig, plan: Plan, refused: RunManifest | None) -> Plan:
+    """A plan that goes on where a refused run stopped: what is good in its parts is used, what failed is tried again."""
+    if refused is None:
+        return plan
+    made = {parsed.shard_id: name for name in refused.parts if (parsed := parse_part_name(name))}
+    shards, uncommitted = [], []
+    for shard in plan.shards:
+        name = made.get(shard.shard_id)
+        summary = read_summary(config.catalog, name, config.read.storage_options) if name else None
+        parsed = parse_part_name(name or "")
+        if summary and parsed and parsed.recipe_id == config.recipe.recipe_id:
+            if summary.num_failed_images:
+                uncommitted.append(LivePart(summary.name, summary.num_images, summary.num_bytes))
+                shard = _again(shard, _attempts(config, summary))
+            else:
+                shard = replace(shard, revision=parsed.revision)
+        shards.append(shard)
+    return replace(plan, shards=tuple(shards), uncommitted=tuple(uncommitted))
+
+
+def plan_retry(config: PlanConfig, state: CatalogState, allowed_schemes: Sequence[str] = ()) -> Plan:
+    """The shards and files that lost images, once more.
+
+    Args:
+        allowed_schemes: List entries of these schemes are tried although their list did not allow them.
+    """
+    columns = ["uri", "reason", "attempts", "source"]
+    shards: dict[str, dict[str, int]] = {}
+    formats: dict[str, str] = {}
+    files: dict[str, list[FileRef]] = {}
+    attempts: dict[str, int] = {}
+    for _, rows in read_columns(config.catalog.failures, state.failures, columns, config.read.storage_options):
+        for row in rows.to_pylist():
+            source = json.loads(row.get("source") or "{}")
+            if row["reason"] in HARMLESS_REASONS or not source:
+                continue
+            if source["format"] != "files":
+                formats[source["uri"]] = source["format"]
+                shards.setdefault(source["uri"], {})[row["uri"]] = row["attempts"]
+                continue
+            file = _file_of(source["file"])
+            if file.error and storage.scheme_of(file.uri) in allowed_schemes:
+                file = replace(file, error=None)
+            files.setdefault(source["uri"], []).append(file)
+            attempts[row["uri"]] = row["attempts"]
+    todo = [_again(_shard_now(uri, formats[uri], config), each) for uri, each in sorted(shards.items())]
+    for packed in pack(files, config.files_per_shard):
+        todo.append(
+            _again(packed, {uri: attempts[uri] for file in packed.files if (uri := clean_text(file.uri)) in attempts})
+        )
+    return Plan(tuple(todo), changed=Counts(len(shards), sum(map(len, files.values()))))
+
+
+def leaving(plan: Plan, prune: bool) -> Callable[[LivePart, pa.Table], np.ndarray]:
+    """Tells which rows of a live part are replaced or removed by a plan: bool[n] for its column `uri`."""
+    places = {shard.location_id for shard in plan.shards} | (plan.gone.location_ids if prune else frozenset())
+    uris = {clean_text(file.uri) for shard in plan.shards for file in shard.files} | set(
+        plan.gone.uris if prune else ()
+    )
+    wanted = pa.array(sorted(uris), pa.string())
+
+    def is_leaving(part: LivePart, rows: pa.Table) -> np.ndarray:
+        if not part.is_packed:
+            return np.full(rows.num_rows, part.location_id in places)
+        return pc.is_in(rows.column("uri"), wanted).to_numpy(zero_copy_only=False)
+
+    return is_leaving
+
+
+# --- what the catalog has of single files ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _KnownFiles:
+    """Versions of the single files of a catalog by URI; those of other recipes are None. `failed`: those without a row."""
+
+    versions: dict[str, str | None]
+    failed: set[str]
+
+    def has(self, file: FileRef) -> bool:
+        return self.versions.get(clean_text(file.uri)) == file.version
+
+
+def _known_files(config: PlanConfig, state: CatalogState) -> _KnownFiles:
+    versions: dict[str, str | None] = {}
+    with_row: set[str] = set()
+    for uri, parts in ((config.catalog.images, state.images), (config.catalog.failures, state.failures)):
+        packed = [part for part in parts if part.is_packed]
+        for part, rows in read_columns(uri, packed, ["uri", "source_version"], config.read.storage_options):
+            is_mine = part.recipe_id == config.recipe.recipe_id
+            uris = rows.column("uri").to_pylist()
+            with_row.update(uris if uri == config.catalog.images else ())
+            for each, version in zip(uris, rows.column("source_version").to_pylist(), strict=True):
+                versions[each] = version if is_mine else None
+    return _KnownFiles(versions, versions.keys() - with_row)
+
+
+def _rows_of_files(config: PlanConfig, state: CatalogState) -> dict[str, str]:
+    """What `_digest_of_file` gives for each single file that has a row."""
+    columns = ["uri", "content_sha256", "source_captions", "source_metadata"]
+    packed = [part for part in state.images if part.is_packed]
+    told: dict[str, str] = {}
+    for _, rows in read_columns(config.catalog.images, packed, columns, config.read.storage_options):
+        for row in rows.to_pylist():
+            told[row["uri"]] = digest(
+                row["content_sha256"] or "", row["source_metadata"] or "", *(row["source_captions"] or ())
+            )
+    return told
+
+
+# --- reading inputs to compare their bytes --------------------------------------------------------
+
+
+def _digest_of_file(place: str, file: FileRef, config: PlanConfig, advance: Advance) -> str:
+    """A hash of a single file and of what stands beside it; empty where it cannot be read."""
+    told = ""
+    for item in read_shard(ShardRef(place, "files", "", 0, (file,)), config.read):
+        if isinstance(item, Sample):
+            content = hashlib.sha256(item.data).hexdigest()
+            told = digest(content, clean_text(item.metadata or ""), *(clean_text(each) for each in item.captions))
+    advance(file.num_bytes)
+    return told
+
+
+def _digest_of_shard(shard: ShardRef, config: PlanConfig, advance: Advance) -> str:
+    told = digest_of(read_shard(shard, config.read))
+    advance(shard.num_bytes)
+    return told
+
+
+def _digest_of_part(part: LivePart | None, config: PlanConfig) -> str | None:
+    summary = read_summary(config.catalog, part.name, config.read.storage_options) if part else None
+    return summary.content_digest if summary else None
+
+
+# --- trying again ---------------------------------------------------------------------------------
+
+
+def _again(shard: ShardRef, attempts: Mapping[str, int]) -> ShardRef:
+    """The shard as one that is read once more: the part of the next attempt has a name of its own."""
+    number = max(attempts.values(), default=0)
+    return replace(shard, revision=digest("attempt", str(number + 1))[:8], attempts=dict(attempts))
+
+
+def _attempts(config: PlanConfig, summary: PartSummary) -> dict[str, int]:
+    """How often the images have been tried that failed in an uncommitted part."""
+    if not summary.failures_name:
+        return {}
+    part = LivePart(summary.failures_name, 0, 0)
+    columns = ["uri", "attempts"]
+    ((_, rows),) = read_columns(config.catalog.failures, [part], columns, config.read.storage_options)
+    return dict(zip(rows.column("uri").to_pylist(), rows.column("attempts").to_pylist(), strict=True))
+
+
+def _file_of(values: Mapping[str, Any]) -> FileRef:
+    """A reference as JSON kept it."""
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return FileRef(**fields)
+
+
+def _shard_now(uri: str, format_: str, config: PlanConfig) -> ShardRef:
+    """A shard file in its present version; one that is gone is left to its reader to report."""
+    fs = storage.filesystem(uri, config.read.storage_options)
+    fs.invalidate_cache()
+    info: Mapping[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):
+        info = fs.info(uri)
+    return ShardRef(uri, format_, storage.version_of(info) if info else "", int(info.get("size") or 0))

@@ -1,0 +1,312 @@
+"""The states of a catalog: what its readers see now, what they saw before, and what comes next.
+
+A state is a version of the images table. Its commit names the version of the failures table and the index
+that belong to it, so that one entry of one log makes all of it visible at once, and takes all of it back.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from schemas.catalog import CatalogLayout, part_name
+from schemas.manifests import CommitRecord
+from schemas.recipes import Recipe
+from schemas.tables import FAILURES
+from vlm_ops import storage
+from vlm_ops.delta_tables import LivePart, live_parts, open_table, read_columns, sequence_of, set_live
+from vlm_ops.parts import PartSummary
+
+_RECORD = "beamsight"
+_NEWEST = 8  # log entries in which the newest record is looked for first
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A state by its name: version of the images table, and what its commit says of itself."""
+
+    version: int
+    record: CommitRecord
+
+
+@dataclass(frozen=True)
+class CatalogState:
+    """What the readers of a catalog see.
+
+    Attributes:
+        commit: Its commit; None for a catalog that is not there yet.
+        images: Live parts of the images table.
+        failures: Live parts of the failures table.
+        sequence: How many commits led here; the next one is refused where there was another meanwhile.
+    """
+
+    commit: Commit | None = None
+    images: tuple[LivePart, ...] = ()
+    failures: tuple[LivePart, ...] = ()
+    sequence: int = 0
+
+    @property
+    def record(self) -> CommitRecord | None:
+        return self.commit.record if self.commit else None
+
+
+@dataclass(frozen=True)
+class Gone:
+    """What is not among the inputs any more: places of shards, and URIs of single files."""
+
+    location_ids: frozenset[str] = frozenset()
+    uris: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.location_ids or self.uris)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The parts that a state is to have."""
+
+    images: tuple[LivePart, ...]
+    failures: tuple[LivePart, ...]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How many images one state has and another one has not, or has otherwise."""
+
+    num_added: int = 0
+    num_changed: int = 0
+    num_removed: int = 0
+
+
+def newest_commit(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> Commit | None:
+    """The commit whose state readers see; None where there is no catalog."""
+    table = open_table(catalog.images, storage_options)
+    if table is None:
+        return None
+    for limit in (_NEWEST, None):  # entries without a record are changes of the schema
+        if found := _records(table.history(limit)):
+            return found[0]
+    return None
+
+
+def commits(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> list[Commit]:
+    """All commits, newest first.
+
+    Raises:
+        FileNotFoundError: There is no catalog.
+    """
+    table = open_table(catalog.images, storage_options)
+    if table is None:
+        raise no_catalog(catalog)
+    return _records(table.history())
+
+
+def current_state(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> CatalogState:
+    """What readers see now; an empty state where there is no catalog."""
+    commit = newest_commit(catalog, storage_options)
+    return state_of(catalog, commit, storage_options) if commit else CatalogState()
+
+
+def existing_state(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> CatalogState:
+    """What readers see now.
+
+    Raises:
+        FileNotFoundError: There is no catalog.
+    """
+    state = current_state(catalog, storage_options)
+    if state.commit is None:
+        raise no_catalog(catalog)
+    return state
+
+
+def state_of(catalog: CatalogLayout, commit: Commit, storage_options: storage.StorageOptions) -> CatalogState:
+    """The parts of a commit."""
+    images = open_table(catalog.images, storage_options, commit.version)
+    failures = open_table(catalog.failures, storage_options, commit.record.failures_version)
+    return CatalogState(commit, tuple(live_parts(images)), tuple(live_parts(failures)), sequence_of(images))
+
+
+def no_catalog(catalog: CatalogLayout) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"no catalog at {catalog.root}; make one with `beamsight build --catalog {catalog.root} --input ...`"
+    )
+
+
+def contents_after(
+    catalog: CatalogLayout,
+    state: CatalogState,
+    summaries: Sequence[PartSummary],
+    gone: Gone,
+    storage_options: storage.StorageOptions,
+) -> Contents:
+    """A state with newly computed parts in it, and without what they replace or what is gone.
+
+    A shard's part replaces those of the same place. Single files are replaced one by one: packs that
+    hold some of them are copied without their rows.
+    """
+    images = [LivePart(part.name, part.num_images, part.num_bytes) for part in summaries]
+    failures = [
+        LivePart(part.failures_name, sum(part.num_failures.values()), part.failures_num_bytes)
+        for part in summaries
+        if part.failures_name
+    ]
+    uris = {
+        *gone.uris,
+        *_packed_uris(catalog.images, images, storage_options),
+        *_packed_uris(catalog.failures, failures, storage_options),
+    }
+    unwanted = pa.array(sorted(uris), pa.string())
+    # A pack without rows says nothing that its failures do not say.
+    new_images = [part for part in images if part.num_rows or not part.is_packed]
+    replaced = {part.location_id for part in images} | gone.location_ids
+    return Contents(
+        tuple(_merged(catalog.images, state.images, new_images, replaced, unwanted, storage_options)),
+        tuple(_merged(catalog.failures, state.failures, failures, replaced, unwanted, storage_options)),
+    )
+
+
+def commit_contents(
+    catalog: CatalogLayout,
+    state: CatalogState,
+    contents: Contents,
+    record: CommitRecord,
+    storage_options: storage.StorageOptions,
+    schema: pa.Schema | None = None,
+) -> Commit:
+    """Makes these contents what readers see. Until its last step, the commit of the images, they see the old state.
+
+    Args:
+        state: The state that the contents were made from.
+        record: What the log is to say; its `failures_version` is filled in here.
+        schema: Of the images; None where the table has it already.
+
+    Raises:
+        CommitConflictError: The catalog has another state by now.
+    """
+    failures_version = set_live(catalog.failures, FAILURES, contents.failures, record.run_id, storage_options)
+    told = CommitRecord(**{**vars(record), "failures_version": failures_version})
+    metadata = {_RECORD: told.to_json()}
+    version = set_live(
+        catalog.images, schema, contents.images, record.run_id, storage_options, metadata, state.sequence
+    )
+    return Commit(version, told)
+
+
+def new_record(
+    run_id: str,
+    action: str,
+    recipe: Recipe,
+    index: str | None,
+    contents: Contents,
+    changes: Changes = Changes(),
+    of_run: str | None = None,
+) -> CommitRecord:
+    """What a commit of these contents says of itself."""
+    return CommitRecord(
+        run_id=run_id,
+        action=action,
+        committed_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        recipe=recipe,
+        index=index,
+        failures_version=-1,
+        num_images=sum(part.num_rows for part in contents.images),
+        num_failures=sum(part.num_rows for part in contents.failures),
+        **vars(changes),
+        of_run=of_run,
+    )
+
+
+def count_changes(
+    catalog: CatalogLayout,
+    before: Sequence[LivePart],
+    after: Sequence[LivePart],
+    storage_options: storage.StorageOptions,
+) -> Changes:
+    """Images of one list of parts that the other has not, or has with other bytes or another recipe.
+
+    Memory: 24 bytes for each image of the parts that only one of them has.
+    """
+    kept = {part.name for part in before} & {part.name for part in after}
+    old = _Identities.read(catalog, [part for part in before if part.name not in kept], storage_options)
+    new = _Identities.read(catalog, [part for part in after if part.name not in kept], storage_options)
+    in_both, in_old, in_new = np.intersect1d(old.ids, new.ids, assume_unique=True, return_indices=True)
+    same = (old.contents[in_old] == new.contents[in_new]) & (old.recipes[in_old] == new.recipes[in_new])
+    return Changes(len(new.ids) - len(in_both), int((~same).sum()), len(old.ids) - len(in_both))
+
+
+@dataclass(frozen=True)
+class _Identities:
+    """image_id int64[n], and eight bytes each of the hash of its bytes and of its recipe."""
+
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    contents: np.ndarray = field(default_factory=lambda: np.empty(0, "S8"))
+    recipes: np.ndarray = field(default_factory=lambda: np.empty(0, "S8"))
+
+    @classmethod
+    def read(
+        cls, catalog: CatalogLayout, parts: Iterable[LivePart], storage_options: storage.StorageOptions
+    ) -> _Identities:
+        columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for part, rows in read_columns(catalog.images, parts, ["image_id", "content_sha256"], storage_options):
+            hashes = [(text or "")[:8] for text in rows.column("content_sha256").to_pylist()]
+            recipe = np.full(len(hashes), (part.recipe_id or "")[:8], "S8")
+            columns.append((rows.column("image_id").to_numpy(), np.array(hashes, "S8"), recipe))
+        if not columns:
+            return cls()
+        ids, contents, recipes = (np.concatenate(each) for each in zip(*columns, strict=True))
+        return cls(ids, contents, recipes)
+
+
+def _records(history: Iterable[dict]) -> list[Commit]:
+    return [Commit(each["version"], CommitRecord.from_json(each[_RECORD])) for each in history if _RECORD in each]
+
+
+def _packed_uris(uri: str, parts: Sequence[LivePart], storage_options: storage.StorageOptions) -> Iterator[str]:
+    """URIs of the single files in these parts: their older rows are in packs of other files."""
+    for _, rows in read_columns(uri, [part for part in parts if part.is_packed], ["uri"], storage_options):
+        yield from rows.column("uri").to_pylist()
+
+
+def _merged(
+    uri: str,
+    live: Sequence[LivePart],
+    new: Sequence[LivePart],
+    replaced: Collection[str | None],
+    unwanted: pa.Array,
+    storage_options: storage.StorageOptions,
+) -> Iterator[LivePart]:
+    """The new parts, and what is left of the live ones."""
+    names = {part.name for part in new}
+    yield from new
+    for part in live:
+        if part.name in names or (not part.is_packed and part.location_id in replaced):
+            continue
+        yield from _without_rows(uri, part, unwanted, storage_options) if part.is_packed else [part]
+
+
+def _without_rows(
+    uri: str, part: LivePart, unwanted: pa.Array, storage_options: storage.StorageOptions
+) -> list[LivePart]:
+    """A packed part as it is, or a copy without the rows of some URIs; nothing where none are left."""
+    if not len(unwanted):
+        return [part]
+    ((_, uris),) = read_columns(uri, [part], ["uri"], storage_options)
+    if not pc.any(pc.is_in(uris.column("uri"), unwanted)).as_py():
+        return [part]
+    with storage.open_for_reading(f"{uri}/{part.name}", storage_options) as file:
+        whole = pq.read_table(file)
+    kept = whole.filter(pc.invert(pc.is_in(whole.column("uri"), unwanted)))
+    if not kept.num_rows:
+        return []
+    assert part.shard_id is not None and part.recipe_id is not None
+    name = part_name(part.shard_id, part.recipe_id, uuid.uuid4().hex[:8])
+    with storage.replacing(f"{uri}/{name}", storage_options) as path:
+        pq.write_table(kept, path, compression="zstd")
+    return [LivePart(name, kept.num_rows, int(storage.filesystem(uri, storage_options).size(f"{uri}/{name}")))]
