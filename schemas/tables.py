@@ -78,6 +78,9 @@ _IDENTITY = (
     column("source_metadata", pa.string(), "reader", "JSON object", "Everything else that came with the image."),
 )
 
+# What the reader knows of an image besides its bytes, and an op may read.
+READER_COLUMNS = tuple(field.name for field in _IDENTITY if field.name != "duplicate_of")
+
 _OP_COLUMNS = (
     column("width", pa.int32(), "quality", "pixels", "Width of the upright image, as stored."),
     column("height", pa.int32(), "quality", "pixels", "Height of the upright image, as stored."),

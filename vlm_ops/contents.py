@@ -39,6 +39,9 @@ _SCHEMA = pa.schema(
         pa.field("first", pa.int64(), nullable=False),
     ]
 )
+# The file has a batch for each value of a digest's first bits: what sorting needs beyond the rows shrinks by so much.
+_BATCH_BITS = np.uint64(4)
+_NUM_BATCHES = 1 << int(_BATCH_BITS)
 _NUM_FOOTERS = 32
 _NUM_GROUPS = 16
 # What a part raises that is gone, or is no longer what the known contents say.
@@ -145,7 +148,7 @@ def write_known_contents(
 ) -> int:
     """Writes the known contents of a catalog: for each content, one row that has it.
 
-    While it sorts, 21 bytes an image are held, and about as much again for the sorting.
+    Until it is written, 26 bytes an image are held, and a sixteenth of that again.
 
     Args:
         uri: The file to write.
@@ -158,40 +161,42 @@ def write_known_contents(
         How many contents there are.
     """
     names: list[str] = []
-    num_rows: list[int] = []
-    digests, rows, firsts, ranks = [_empty(kind) for kind in (np.uint64, np.uint32, np.int64, np.uint8)]
+    digest, part_number, row = np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.uint32)
+    first, rank, batch = np.empty(0, np.int64), np.empty(0, np.uint8), np.empty(0, np.uint8)
     for part, table in read_columns(images_uri, parts, _COLUMNS, storage_options):
         if "content_sha256" not in table.column_names:  # written before the column was
             continue
         sha256 = table.column("content_sha256")
-        known = sha256.is_valid().to_numpy()
+        known = np.flatnonzero(sha256.is_valid())
         leaving = np.asarray(is_leaving(part, table), bool)
         is_copy = np.zeros(table.num_rows, bool)
         if "duplicate_of" in table.column_names:
             is_copy = table.column("duplicate_of").is_valid().to_numpy()
+        digests = _digests(sha256.drop_null().to_pylist())
+        _append(digest, digests)
+        _append(batch, _batch_of(digests))
+        _append(part_number, np.full(len(known), len(names)))
+        _append(row, known)
+        _append(first, np.where(leaving, _UNNAMED, table.column("image_id").to_numpy())[known])
+        _append(rank, (2 * leaving + is_copy)[known])
         names.append(part.name)
-        num_rows.append(int(known.sum()))
-        digests.append(_digests(sha256.drop_null().to_pylist()))
-        rows.append(np.flatnonzero(known).astype(np.uint32))
-        firsts.append(np.where(leaving, _UNNAMED, table.column("image_id").to_numpy())[known])
-        ranks.append((2 * leaving + is_copy).astype(np.uint8)[known])
-    digest = _joined(digests)
-    # Of equal contents the best comes first: a row that stays, then one that is not itself a copy.
-    order = np.lexsort((_joined(ranks), digest))
-    digest = digest[order]
-    is_first = np.ones(len(digest), bool)
-    is_first[1:] = digest[1:] != digest[:-1]
-    digest, order = digest[is_first], order[is_first]
-    part_numbers = np.repeat(np.arange(len(names), dtype=np.int32), num_rows)[order]
-    columns = [
-        pa.array(digest),
-        pa.DictionaryArray.from_arrays(pa.array(part_numbers), pa.array(names, pa.string())),
-        pa.array(_joined(rows)[order]),
-        pa.array(_joined(firsts)[order]),
-    ]
+    num_contents = 0
     with storage.replacing(uri, storage_options) as path, pa.ipc.new_file(path, _SCHEMA) as file:
-        file.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
-    return len(digest)
+        for number in range(_NUM_BATCHES):
+            # Of equal contents the best comes first: a row that stays, then one that is not itself a copy.
+            order = np.flatnonzero(batch == number)
+            order = order[np.argsort(rank[order], kind="stable")]
+            _, best = np.unique(digest[order], return_index=True)
+            order = order[best]
+            columns = [
+                pa.array(digest[order]),
+                pa.DictionaryArray.from_arrays(pa.array(part_number[order]), pa.array(names, pa.string())),
+                pa.array(row[order]),
+                pa.array(first[order]),
+            ]
+            file.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
+            num_contents += len(order)
+    return num_contents
 
 
 @dataclass(frozen=True)
@@ -212,13 +217,9 @@ class KnownContent:
 class KnownContents:
     """The known contents of a catalog, mapped into memory. Safe to use from several threads."""
 
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        part = batch.column("part")
-        self._digests = batch.column("digest").to_numpy()
-        self._parts = part.indices.to_numpy()
-        self._names = part.dictionary
-        self._rows = batch.column("row").to_numpy()
-        self._firsts = batch.column("first").to_numpy()
+    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+        self._batches = [_MappedBatch.of(batch) for batch in batches]
+        self._names = batches[0].column("part").dictionary
 
     @classmethod
     def open(cls, uri: str, storage_options: storage.StorageOptions | None = None) -> KnownContents:
@@ -239,10 +240,11 @@ class KnownContents:
 
     @classmethod
     def _map(cls, path: str) -> KnownContents:
-        return cls(pa.ipc.open_file(pa.memory_map(path)).get_batch(0))
+        file = pa.ipc.open_file(pa.memory_map(path))
+        return cls([file.get_batch(number) for number in range(_NUM_BATCHES)])
 
     def __len__(self) -> int:
-        return len(self._digests)
+        return sum(len(batch.digests) for batch in self._batches)
 
     def lookup(self, sha256s: Sequence[str]) -> list[KnownContent | None]:
         """For each `content_sha256`, where its row is; None where the catalog does not have it.
@@ -250,14 +252,31 @@ class KnownContents:
         The first 64 bits are compared: whoever copies the row compares the rest.
         """
         wanted = _digests(sha256s)
-        found: list[KnownContent | None] = []
-        for digest, place in zip(wanted, np.searchsorted(self._digests, wanted), strict=True):
-            if place < len(self) and self._digests[place] == digest:
-                part = self._names[int(self._parts[place])].as_py()
-                found.append(KnownContent(part, int(self._rows[place]), int(self._firsts[place])))
-            else:
-                found.append(None)
-        return found
+        return [
+            self._find(self._batches[batch], digest) for batch, digest in zip(_batch_of(wanted), wanted, strict=True)
+        ]
+
+    def _find(self, batch: _MappedBatch, digest: np.uint64) -> KnownContent | None:
+        place = int(np.searchsorted(batch.digests, digest))
+        if place == len(batch.digests) or batch.digests[place] != digest:
+            return None
+        part = self._names[int(batch.parts[place])].as_py()
+        return KnownContent(part, int(batch.rows[place]), int(batch.firsts[place]))
+
+
+@dataclass(frozen=True)
+class _MappedBatch:
+    """The columns of a batch, over the memory of the file."""
+
+    digests: np.ndarray
+    parts: np.ndarray
+    rows: np.ndarray
+    firsts: np.ndarray
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> _MappedBatch:
+        columns = [batch.column("digest"), batch.column("part").indices, batch.column("row"), batch.column("first")]
+        return cls(*(column.to_numpy(zero_copy_only=True) for column in columns))
 
 
 class StoredRows:
@@ -355,12 +374,13 @@ def _digests(sha256s: Sequence[str]) -> np.ndarray:
     return np.frombuffer(heads, ">u8").astype(np.uint64)
 
 
-def _empty(dtype: Any) -> list[np.ndarray]:
-    return [np.empty(0, dtype)]
+def _batch_of(digests: np.ndarray) -> np.ndarray:
+    """uint64[n]: which batch of the file each digest is in."""
+    return digests >> (np.uint64(64) - _BATCH_BITS)
 
 
-def _joined(pieces: list[np.ndarray]) -> np.ndarray:
-    """The pieces in one array; they are let go of."""
-    joined = np.concatenate(pieces)
-    pieces.clear()
-    return joined
+def _append(array: np.ndarray, values: np.ndarray) -> None:
+    """Grows an array where it lies, so that it is never in memory twice."""
+    start = len(array)
+    array.resize(start + len(values), refcheck=False)
+    array[start:] = values

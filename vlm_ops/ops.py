@@ -26,7 +26,7 @@ from PIL import Image
 
 from schemas.recipes import DEFAULT_OPS, OpSpec
 from schemas.samples import Sample
-from schemas.tables import images_schema, op_columns
+from schemas.tables import READER_COLUMNS, images_schema, op_columns
 from vlm_ops.images import ImageFacts
 from vlm_ops.models import ImageEncoding, ImageModel, MatchingModel, ModelInfo, describe_model, load_image_model
 from vlm_ops.preprocessing import THUMBNAIL, Preprocessing
@@ -231,11 +231,15 @@ def plan_ops(names: Iterable[str], model_spec: str) -> tuple[OpSpec, ...]:
     """Op names and the spec of their model -> the ops of a recipe, checked without loading weights.
 
     Raises:
-        ValueError: An op is unknown or named twice, or the model cannot serve it.
+        ValueError: An op is unknown, named twice, or reads an unknown column, or the model cannot serve it.
     """
     specs: list[OpSpec] = []
     for name in names:
         capability = op_class(name).capability
+        for column in getattr(op_class(name), "reads", ()):
+            if column not in READER_COLUMNS:
+                known = ", ".join(READER_COLUMNS)
+                raise ValueError(f"op {name!r} reads column {column!r}, which is none of the reader's: {known}")
         if any(spec.name == name for spec in specs):
             raise ValueError(f"op {name!r} is named twice in --ops")
         if capability is None:

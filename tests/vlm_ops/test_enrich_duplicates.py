@@ -334,7 +334,7 @@ def members_of(images: list[tuple[int, int]]) -> list[tuple[str, bytes]]:
 
 
 @given(tonight=SHARD, nights=st.lists(SHARD, max_size=2), reads_captions=st.booleans(), is_moved=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_rows_and_failures_are_those_of_computing_all(
     tonight: list[tuple[int, int]], nights: list[list[tuple[int, int]]], reads_captions: bool, is_moved: bool
 ) -> None:

@@ -15,7 +15,7 @@ from tests import toys
 from tests.conftest import encode, jpeg, photo
 from tests.toys import ToyImageModel
 from vlm_ops.enrich import decode_batch
-from vlm_ops.ops import ImageBatch, dominant_colors, load_ops, plan_ops, schema_of, vectors
+from vlm_ops.ops import ImageBatch, dominant_colors, load_ops, plan_ops, reader_columns, schema_of, vectors
 
 TOY = "python:tests.toys"
 
@@ -127,6 +127,17 @@ def test_an_op_of_another_package_brings_its_column() -> None:
     ops = load_ops(specs)
     white = encode(Image.new("RGB", (9, 9), "white"), "PNG")
     assert ops[1](batch_of([white], ops))["brightness"].to_pylist() == [pytest.approx(1.0)]
+
+
+def test_an_op_may_read_what_the_reader_knows_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "tests.toys:BrightnessOp"
+    monkeypatch.setattr(toys.BrightnessOp, "reads", ("source_metadata", "key"), raising=False)
+    ops = load_ops(plan_ops([name, "caption_match"], TOY))
+    assert reader_columns(ops) == ("source_metadata", "key", "source_captions")
+    monkeypatch.setattr(toys.BrightnessOp, "reads", ("licence",))
+    message = f"op '{name}' reads column 'licence', which is none of the reader's: image_id, uri"
+    with pytest.raises(ValueError, match=message):
+        plan_ops([name], TOY)
 
 
 @pytest.mark.parametrize(
