@@ -136,14 +136,12 @@ def read_tar(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failure]:
 def _iter_members(stream: BinaryIO, max_bytes: int, total_bytes: int | None) -> Iterator[Member | Damage]:
     """All members, also those of a gzipped tar behind one that claims more than there is: how much
     there is shows at its end, so that such a tar, and no other, is read twice."""
-    num_given = 0
-    for item in iter_members(stream, max_bytes, total_bytes):
+    for number, item in enumerate(iter_members(stream, max_bytes, total_bytes)):
         if isinstance(item, Damage) and item.total_bytes is not None:
             stream.seek(0)
-            yield from itertools.islice(iter_members(stream, max_bytes, item.total_bytes), num_given, None)
+            yield from itertools.islice(iter_members(stream, max_bytes, item.total_bytes), number, None)
             return
         yield item
-        num_given += 1
 
 
 class _KeyedGroups:

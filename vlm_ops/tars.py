@@ -37,7 +37,8 @@ _SPARSE_MAP_ENDS = 504  # where a block of GNU's sparse map tells whether anothe
 
 @dataclass(frozen=True)
 class Member:
-    """One archive member. `data` is None for what is not a regular file, or exceeds `max_bytes`."""
+    """One archive member; the name of a directory ends with a slash. `data` is None for what is not a
+    regular file, or exceeds `max_bytes`."""
 
     name: str
     offset: int
@@ -146,6 +147,8 @@ def iter_members(file: BinaryIO, max_bytes: int, total_bytes: int | None = None)
             continue
         is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any(name.startswith("GNU.sparse.") for name in override)
         name = override.get("GNU.sparse.name") or override.get("path") or header.name
+        if header.type == tarfile.DIRTYPE:
+            name = name.rstrip("/") + "/"  # the header's parser takes it off
         size = _size(header, override)
         override = {}
         if header.type == tarfile.GNUTYPE_SPARSE and not _skip_sparse_map(block, reader):
