@@ -5,13 +5,16 @@ First each kind of damage that the readers know, then damage at random.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import hashlib
 import io
 import json
+import shutil
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.cli import main
@@ -398,3 +403,266 @@ def test_what_was_refused_is_published_when_more_may_fail(folder: Path) -> None:
     assert run(folder, {SHARD: TAR[: HEADERS[4]]}).exit_code == 3
     found = look(folder, build(folder, SHARD, flags=("--max_failure_rate", "0.3")))
     assert found.exit_code == 0 and len(found.rows) == 4 and found.failures == [(SHARD, "truncated_shard")]
+
+
+# --- damage at random ----------------------------------------------------------------------------
+
+# None of these is as small as what may fill the end of a tar: zeros in its place are always seen.
+BIG = [jpeg(number, 560, 420) for number in range(5)]
+KEYS = [f"k{number}" for number in range(5)]
+TAR_NAMES = st.sampled_from(["../../up.jpg", "/abs.jpg", "ö b.jpeg", "k0.jpg", "k4.jpg", "n" * 120 + ".png"])
+URLS = [f"listed/{key}.jpg" for key in KEYS]
+LIST = [json.dumps({"url": url, "caption": f"of {url}"}).encode() for url in URLS]
+TABLE = parquet(
+    {"image": BIG, "key": KEYS, "text": [f"of {key}" for key in KEYS]},
+    row_group_size=2, use_dictionary=False, compression="none",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of bytes at a place, given as a share of the whole or, at some of them, exactly."""
+
+    kind: str
+    share: float
+    size: int
+    filling: bytes
+
+    def __call__(self, data: bytes, places: Sequence[int] = ()) -> bytes:
+        start = int(self.share * len(data))
+        if places and self.size % 3 == 0:  # also exactly where something begins
+            start = places[int(self.share * len(places))] % (len(data) + 1)
+        end = start + self.size
+        if self.kind == "flip":
+            return data[:start] + bytes(byte ^ self.filling[0] for byte in data[start : start + 1]) + data[start + 1 :]
+        if self.kind == "zero":
+            return data[:start] + bytes(len(data[start:end])) + data[end:]
+        if self.kind == "insert":
+            return data[:start] + self.filling + data[start:]
+        if self.kind == "delete":
+            return data[:start] + data[end:]
+        if self.kind == "double":
+            return data[:end] + data[start:end] + data[end:]
+        return data[:start]
+
+
+CHANGE = st.builds(
+    Change,
+    kind=st.sampled_from(["flip", "zero", "insert", "delete", "double", "cut"]),
+    share=st.floats(0, 1, exclude_max=True),
+    size=st.integers(1, 700) | st.sampled_from([BLOCK, 3 * BLOCK, 20_000, 10**6]),
+    filling=st.binary(min_size=1, max_size=40).filter(lambda filling: filling[0] != 0) | st.just(b"\xff" * BLOCK),
+)
+CHANGES = st.lists(CHANGE, max_size=2)
+
+
+@dataclass(frozen=True)
+class Night:
+    """What is done to the five inputs of a run, and how many failures it may have."""
+
+    order: Sequence[int]
+    renamed: Mapping[int, str]
+    tar: Sequence[Change]
+    gzip: Sequence[Change]
+    parquet: Sequence[Change]
+    list: Sequence[Change]
+    files: Mapping[int, Sequence[Change]]
+    max_failure_rate: float
+
+
+NIGHT = st.builds(
+    Night,
+    order=st.permutations(range(5)),
+    renamed=st.dictionaries(st.integers(0, 4), TAR_NAMES, max_size=2),
+    tar=CHANGES,
+    gzip=CHANGES,
+    parquet=CHANGES,
+    list=CHANGES,
+    files=st.dictionaries(st.integers(0, 4), CHANGES, max_size=3),
+    max_failure_rate=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+)
+# What says where an image lies, or when it was read.
+PLACE = (
+    "uri", "image_id", "shard_uri", "byte_offset", "key", "source_version", "source_captions", "source_metadata", "run_id",
+)  # fmt: skip
+
+
+def test_good_members_survive_any_damage(tmp_path_factory: pytest.TempPathFactory, good_rows: dict) -> None:
+    spend_nights(20, True, tmp_path_factory, good_rows)
+
+
+@pytest.mark.slow
+def test_good_members_survive_any_damage_at_length(tmp_path_factory: pytest.TempPathFactory, good_rows: dict) -> None:
+    spend_nights(400, False, tmp_path_factory, good_rows)
+
+
+@pytest.fixture(scope="module")
+def good_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """The rows of the undamaged photos, by content."""
+    found = run(
+        tmp_path_factory.mktemp("good") / "in", {f"{key}.jpg": data for key, data in zip(KEYS, BIG, strict=True)}
+    )
+    return {row["content_sha256"]: without_place(row) for row in found.rows.values()}
+
+
+def without_place(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name not in PLACE}
+
+
+def spend_nights(num: int, derandomize: bool, tmp_path_factory: pytest.TempPathFactory, good_rows: dict) -> None:
+    # Not made smaller: that takes many runs of the command, and says little more.
+    phases = (Phase.generate,)
+    checks = list(HealthCheck)
+
+    @settings(
+        max_examples=num,
+        derandomize=derandomize,
+        deadline=None,
+        database=None,
+        phases=phases,
+        suppress_health_check=checks,
+    )
+    @given(night=NIGHT)
+    def spend(night: Night) -> None:
+        folder = tmp_path_factory.mktemp("night") / "in"
+        check_night(night, folder, good_rows)
+        shutil.rmtree(folder.parent)
+
+    spend()
+
+
+def check_night(night: Night, folder: Path, good_rows: dict[str, dict]) -> None:
+    (folder / "listed").mkdir(parents=True)
+    (folder / "files").mkdir()
+    members = [(night.renamed.get(number, f"k{number}.jpg"), BIG[number]) for number in night.order]
+    whole_tar = tar_bytes(members)
+    starts = [each.offset for each in tarfile.open(fileobj=io.BytesIO(whole_tar)).getmembers()]
+    whole_gz, whole_list = gzip.compress(whole_tar, mtime=0), b"\n".join(LIST) + b"\n"
+    damaged = {
+        "a.tar": changed(whole_tar, night.tar, starts),
+        "b.tar.gz": changed(whole_gz, night.gzip),
+        "c.parquet": changed(TABLE, night.parquet, group_starts()),
+        "d.jsonl": changed(whole_list, night.list),
+    }
+    for name, data in damaged.items():
+        (folder / name).write_bytes(data)
+    files = {}
+    for number, key in enumerate(KEYS):
+        (folder / "listed" / f"{key}.jpg").write_bytes(BIG[number])
+        files[f"files/{key}.jpg"] = changed(BIG[number], night.files.get(number, ()))
+        (folder / "files" / f"{key}.jpg").write_bytes(files[f"files/{key}.jpg"])
+
+    found = build_twice(folder, [*damaged, "files"], night.max_failure_rate)
+
+    contents = {uri: row["content_sha256"] for uri, row in found.rows.items()}
+    for uri, row in found.rows.items():  # whatever has the bytes of a good photo has its row
+        if row["content_sha256"] in good_rows:
+            assert without_place(row) == good_rows[row["content_sha256"]]
+        if uri.startswith("a.tar#"):
+            image = damaged["a.tar"][row["byte_offset"] : row["byte_offset"] + row["num_bytes"]]
+            assert sha256(image) == row["content_sha256"]
+    failed = [uri for uri, _ in found.failures]
+
+    def has(uri: str, data: bytes) -> bool:
+        return contents.get(uri) == sha256(data)
+
+    def is_told(name: str) -> bool:
+        return any(uri.split("#")[0] == name for uri in failed)
+
+    names = [name for name, _ in members]
+    for position, (name, data) in enumerate(members):
+        span = whole_tar[starts[position] : [*starts, len(whole_tar)][position + 1]]
+        span = span[: span.index(data) + len(data)]
+        is_first = names.index(name) == position and damaged["a.tar"].count(span[:BLOCK]) == 1
+        if is_first and span in damaged["a.tar"]:
+            assert has(f"a.tar#{name}", data), f"{name} is untouched, and lost"
+        assert f"a.tar#{name}" in contents or is_told("a.tar")
+        end = starts[position] + len(span)
+        if names.index(name) == position and end <= num_decompressed(damaged["b.tar.gz"], whole_tar):
+            assert has(f"b.tar.gz#{name}", data)
+        assert f"b.tar.gz#{name}" in contents or is_told("b.tar.gz")
+    for number, data in enumerate(BIG):
+        if is_group_whole(damaged["c.parquet"], number // 2):
+            assert has(f"c.parquet#{number}", data)
+        assert f"c.parquet#{number}" in contents or is_told("c.parquet")
+    for line in damaged["d.jsonl"].split(b"\n"):
+        if line in LIST:
+            assert has(URLS[LIST.index(line)], BIG[LIST.index(line)])
+        elif line.strip():
+            told = [uri for uri in failed if not uri.startswith(("a.tar", "b.tar", "c.parquet", "files/"))]
+            assert told or names_listed(line) in contents
+    for uri, data in files.items():
+        if data in BIG:
+            assert has(uri, data)
+        assert uri in contents or uri in failed
+
+
+def changed(data: bytes, changes: Iterable[Change], places: Sequence[int] = ()) -> bytes:
+    for change in changes:
+        data = change(data, places)
+    return data
+
+
+def build_twice(folder: Path, inputs: list[str], max_failure_rate: float) -> Found:
+    """The first run is refused exactly if too much fails; a second run that allows it publishes what the first made."""
+    exit_code = build(folder, *inputs, flags=("--max_failure_rate", str(max_failure_rate)))
+    assert exit_code in (0, 3)
+    first = look(folder, exit_code)
+    if exit_code == 3:
+        assert build(folder, *inputs, flags=("--max_failure_rate", "1")) == 0
+    last = look(folder, 0)
+    assert (last.rows.keys(), last.failures) == (first.rows.keys(), first.failures)
+    num_failed = sum(reason not in HARMLESS_REASONS for _, reason in last.failures)
+    num_unreadable = sum(reason == "unreadable_shard" for _, reason in last.failures)
+    (metrics, *_) = (json.loads(path.read_text()) for path in Path(f"{folder}-catalog").glob("runs/*/metrics.json"))
+    rate = max(num_failed / max(num_failed + len(last.rows), 1), num_unreadable / metrics["shards"])
+    assert metrics["failure_rate"] == pytest.approx(rate)
+    assert exit_code == (3 if rate > max_failure_rate else 0)
+    return last
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def num_decompressed(data: bytes, whole: bytes) -> int:
+    """How much of the tar a decompressor gives for sure: as far as the first difference, and not the last buffer."""
+    stream, pieces = zlib.decompressobj(wbits=31), []
+    try:
+        pieces = [stream.decompress(data[start : start + 256]) for start in range(0, len(data), 256)]
+    except zlib.error:
+        stream = zlib.decompressobj(wbits=31)
+        with contextlib.suppress(zlib.error):
+            for start in range(len(data)):
+                pieces.append(stream.decompress(data[start : start + 1]))
+    given = b"".join(pieces)
+    if given == whole and stream.eof:
+        return len(whole)
+    buffer = getattr(gzip, "READ_BUFFER_SIZE", io.DEFAULT_BUFFER_SIZE)
+    same = next((place for place, (a, b) in enumerate(zip(given, whole, strict=False)) if a != b), len(given))
+    return same - 2 * buffer
+
+
+def group_ranges() -> list[tuple[int, int]]:
+    metadata = pq.ParquetFile(io.BytesIO(TABLE)).metadata
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    starts = [group.column(0).data_page_offset for group in groups]
+    ends = [group.column(2).data_page_offset + group.column(2).total_compressed_size for group in groups]
+    return list(zip(starts, ends, strict=True))
+
+
+def group_starts() -> list[int]:
+    return [*(start for start, _ in group_ranges()), group_ranges()[-1][1], len(TABLE) - 8, len(TABLE)]
+
+
+def is_group_whole(data: bytes, group: int) -> bool:
+    """Whether a row group lies where the footer says, and the footer is the old one."""
+    start, end = group_ranges()[group]
+    footer = TABLE[group_ranges()[-1][1] :]
+    return data[start:end] == TABLE[start:end] and data[:4] == b"PAR1" and data.endswith(footer)
+
+
+def names_listed(line: bytes) -> str | None:
+    with contextlib.suppress(ValueError, AttributeError):
+        return json.loads(line.decode("utf-8-sig", "replace")).get("url")
+    return None
