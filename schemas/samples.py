@@ -103,7 +103,7 @@ class FileRef:
     """A single image file, as the planner found it.
 
     `version` changes whenever the file does, or what stands beside it; for an entry of a list,
-    whenever the entry does. `error` is a `(reason, message)` pair for a list entry that names no usable file; such a
+    whenever the entry or its file does (of a link: the entry alone). `error` is a `(reason, message)` pair for a list entry that names no usable file; such a
     reference still travels, so that the failure is recorded like any other.
     """
 

@@ -15,7 +15,8 @@ import logging
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import braceexpand
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 _GLOB_CHARACTERS = "*?["
 _SNIFF_BYTES = 512
+_LINKS = ("http", "https")
+_NUM_REQUESTS = 32
+_MANY_REQUESTS = 1000
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,11 @@ def list_inputs(config: InputConfig) -> Listing:
             if found.format in ("tar", "parquet"):
                 shards[found.uri] = ShardRef(found.uri, found.format, found.version, found.size)
                 continue
-            refs = list(_read_list(found, config)) if found.format == "list" else [_file_ref(found, sidecars)]
+            is_list = found.format == "list"
+            refs = _with_versions(list(_read_list(found, config)), config) if is_list else [_file_ref(found, sidecars)]
             if not refs:
                 empty_lists.append(found.uri)
-            place = found.uri if found.format == "list" else origin
+            place = found.uri if is_list else origin
             for ref in refs:
                 if ref.uri not in listed:
                     listed.add(ref.uri)
@@ -302,10 +307,7 @@ def _parquet_or_list(fs: Any, name: str, config: InputConfig) -> str:
 
 
 def _read_list(found: _Found, config: InputConfig) -> Iterator[FileRef]:
-    """One reference a line or row; a bad one travels with its error.
-
-    Their version is that of the line: stating each listed file would cost a request each.
-    """
+    """One reference a line or row, in the version of the line; a bad one travels with its error."""
     for number, record, error in _records(found, config):
         place = f"{found.uri}#{number}"
         version = hashlib.sha256(json.dumps([record, error], default=str, sort_keys=True).encode()).hexdigest()[:12]
@@ -329,6 +331,30 @@ def _read_list(found: _Found, config: InputConfig) -> Iterator[FileRef]:
         rest = {name: item for name, item in record.items() if name != column}
         beside = what_stands_beside(rest, config.caption_field)
         yield FileRef(uri, version, key=key, captions=beside.captions, metadata=beside.metadata)
+
+
+def _with_versions(refs: Sequence[FileRef], config: InputConfig) -> list[FileRef]:
+    """Adds to the version of each entry that of its file, by a request each, many at a time. Links are not asked
+    for: web servers answer such requests slowly, wrongly or not at all."""
+    asked = [i for i, ref in enumerate(refs) if not ref.error and storage.scheme_of(ref.uri) not in _LINKS]
+    if len(asked) >= _MANY_REQUESTS:
+        logger.info("asking for size and time of %d listed files", len(asked))
+    stated = list(refs)
+    with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+        for i, (size, version) in zip(
+            asked, pool.map(lambda i: _size_and_version(refs[i].uri, config), asked), strict=True
+        ):
+            stated[i] = replace(refs[i], version=f"{refs[i].version}+{version}", num_bytes=size)
+    return stated
+
+
+def _size_and_version(uri: str, config: InputConfig) -> tuple[int, str]:
+    """Of a listed file; one that cannot be had is left to its reader, who tells why."""
+    try:
+        info = storage.filesystem(uri, config.storage_options).info(uri)
+    except Exception as error:  # of any library below fsspec
+        return 0, type(error).__name__
+    return int(info.get("size") or 0), storage.version_of(info)
 
 
 def _records(found: _Found, config: InputConfig) -> Iterator[tuple[int, dict[str, Any] | None, str | None]]:

@@ -105,6 +105,21 @@ def test_only_new_and_changed_inputs_are_computed(night: Night) -> None:
     assert "nothing to do" in night.build()
 
 
+def test_listed_files_are_computed_when_they_change(night: Night) -> None:
+    listed = night.folder / "list.csv"
+    listed.write_text("path,alt\nphotos/p0.jpg,one\nphotos/p1.jpg,two\nphotos/late.jpg,three\n")
+    night.build(inputs=(listed,))
+    assert set(night.failures()) == {"late.jpg"} and "nothing to do" in night.build(inputs=(listed,))
+    (night.photos / "p0.jpg").write_bytes(jpeg(60))
+    (night.photos / "late.jpg").write_bytes(jpeg(61))
+    assert "changed    0 shard files, 2 single files" in night.build("--dry_run", inputs=(listed,))
+    assert "changes    1 added, 1 changed, 0 removed" in night.build(inputs=(listed,))
+    assert night.rows()["late"]["source_captions"] == ["three"] and night.failures() == {}
+    listed.write_text(listed.read_text().replace("two", "another"))
+    assert "copied from the same bytes: 1" in night.build(inputs=(listed,))
+    assert night.rows()["p1"]["source_captions"] == ["another"] and "nothing to do" in night.build(inputs=(listed,))
+
+
 def test_before_the_first_run_the_time_is_not_known(night: Night) -> None:
     plan = night.build("--dry_run")
     assert "new        2 shard files, 4 single files" in plan and "time       not known before a first run" in plan
