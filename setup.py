@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3"]
-QUALITY = ["mypy>=1.11", "ruff>=0.6"]
+QUALITY = ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
 TESTS = ["duckdb>=1.0", "hypothesis>=6.100", "moto[server]>=5.0", "pandas>=2.0", "pycocoevalcap>=1.2", "pytest>=8.0"]
 # The trained parts of `compact` stand on exactly these weights.
 WEIGHTS = [
@@ -41,8 +41,10 @@ setup(
         "onnxscript>=0.5",
         "pillow>=10.4",
         "pyarrow>=17",
+        "pyyaml>=6.0",
         "s3fs>=2024.6",
         "safetensors>=0.4",
+        "simplejpeg>=1.8",
         "tokenizers>=0.20",
         "torch>=2.6",
         "torchvision>=0.21",

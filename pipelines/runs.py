@@ -78,6 +78,7 @@ def execute(run: Run, state: CatalogState) -> int:
         started_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         inputs=run.inputs,
         gone=run.plan.gone if run.prune else Gone(),
+        sequence=state.sequence,
         max_failure_rate=run.max_failure_rate,
         storage_options=options,
     )

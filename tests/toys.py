@@ -7,6 +7,8 @@ holds a purely magenta picture, as a real model may fail on a poisonous image.
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -59,6 +61,7 @@ class ToyImageModel:
 
     def encode_images(self, pixels: np.ndarray) -> ImageEncoding:
         self.num_calls += 1
+        time.sleep(float(os.environ.get("BEAMSIGHT_TOY_SECONDS", 0)))  # as slow a model as a test wants
         made = {name: values.numpy() for name, values in ToyImageBackbone()(torch.from_numpy(pixels.copy())).items()}
         if (np.abs(made["features"] - MAGENTA) < 3).all(axis=1).any():
             raise RuntimeError("magenta is poison")

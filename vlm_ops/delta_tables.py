@@ -116,7 +116,7 @@ def set_live(
             table = _create(uri, schema, storage_options)
         sequence = sequence_of(table)
         if expected is not None and sequence != expected:
-            raise CommitFailedError(f"it has {sequence} commits instead of {expected}")
+            raise CommitFailedError(f"{sequence} commits instead of {expected}")
         if schema is not None:
             _add_missing_columns(table, schema)
         live = live_parts(table)
@@ -138,12 +138,15 @@ def set_live(
         )
         table.create_write_transaction(actions, "append", table.schema(), commit_properties=properties)
     except CommitFailedError as error:
-        raise CommitConflictError(
-            f"another run changed {uri} while this one was at work; run the same command again: "
-            f"what was computed is kept ({str(error).splitlines()[0]})"
-        ) from error
+        raise conflict(uri, str(error).splitlines()[0]) from error
     table.update_incremental()
     return next(each["version"] for each in table.history() if each.get("run_id") == run_id)
+
+
+def conflict(uri: str, detail: str) -> CommitConflictError:
+    return CommitConflictError(
+        f"another run changed {uri} while this one was at work; run the same command again: what was computed is kept ({detail})"
+    )
 
 
 def sequence_of(table: DeltaTable | None) -> int:

@@ -1,8 +1,8 @@
 """Encoded bytes to RGB pixels, within limits, and on to a model's input.
 
-Two ways lead to the same pixels. JPEG in RGB or greyscale goes through torchvision's decoder
-(releases the GIL, twice as fast as Pillow on one core); everything else, and JPEG so large that it
-can be decoded at reduced scale (libjpeg's DCT scaling, Pillow's `draft`), goes through Pillow.
+Two ways lead to the same pixels. JPEG in RGB or greyscale goes through simplejpeg, a binding of
+libjpeg-turbo (releases the GIL, and tells of damage that the library only warns of); everything
+else goes through Pillow. A JPEG much larger than needed is decoded at reduced scale (DCT scaling).
 `decode_plainly` is the obvious way, and the reference that the tests compare with.
 """
 
@@ -14,6 +14,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as F
@@ -24,12 +25,6 @@ from vlm_ops.preprocessing import Preprocessing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
-# torchvision 0.29 deprecates its decoder in favour of TorchCodec; see docs/decisions/0004-decoding.md.
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # gone one day: Pillow then decodes every JPEG
-    decode_jpeg = None
-
 # The limit on pixels is `max_pixels` below, checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -39,6 +34,8 @@ _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 _MAX_ASPECT = 16
 # EXIF orientations that exchange width and height.
 _TRANSPOSED = (5, 6, 7, 8)
+# Of libjpeg's warnings those after which it goes on with pixels of its own invention (its jerror.h).
+_DAMAGE_WARNINGS = ("premature end of data segment", "bad Huffman code", "bad arithmetic code", "instead of RST")
 # What Pillow and its decoders raise on bytes that are not what they claim to be.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError, struct.error,
@@ -106,19 +103,34 @@ def decode(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, shorter_side
         width, height = height, width
     facts = ImageFacts(width, height, _format(image))
     with _as_sample_error():
-        reduced = shorter_side and min(image.size) >= 4 * shorter_side
-        if decode_jpeg and image.mode in ("RGB", "L") and not reduced:
-            # A truncated JPEG is no error to this decoder's library, only a warning; Pillow,
-            # which knows, is asked where the end-of-image marker is missing.
-            if b"\xff\xd9" not in data[-64:]:
-                return DecodedImage(_to_pixels(image), facts)
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            pixels = decode_jpeg(buffer, mode=ImageReadMode.RGB)
-            return DecodedImage(_turn(pixels, orientation), facts)
-        if reduced:
-            assert shorter_side is not None
+        if shorter_side and min(image.size) >= 4 * shorter_side:
             image.draft(image.mode, (2 * shorter_side, 2 * shorter_side))
-        return DecodedImage(_to_pixels(image), facts)
+        pixels = _decode_jpeg(data, image)
+        return DecodedImage(_to_pixels(image) if pixels is None else _turn(pixels, orientation), facts)
+
+
+def _decode_jpeg(data: bytes, image: Image.Image) -> torch.Tensor | None:
+    """A JPEG, at the scale that Pillow chose for it, as uint8[3, h, w]; None where Pillow is to decode it.
+
+    That is where it has other colours than RGB and grey, where libjpeg only warns of what costs no
+    pixel (stray bytes between two markers), where it stops (Pillow's message is the clearer one),
+    and where the end marker is missing (Pillow knows whether anything else is).
+
+    Raises:
+        SampleError: Its coded data is damaged. Neither Pillow nor torchvision tells: they return grey or garbage.
+    """
+    is_plain = image.mode in ("RGB", "L")
+    # Of other colours Pillow makes pixels; here they are only checked, at the smallest scale.
+    width, height = image.size if is_plain else (1, 1)
+    try:
+        array = simplejpeg.decode_jpeg(
+            data, "RGB" if is_plain else "CMYK", min_height=height, min_width=width, strict=True
+        )
+    except ValueError as error:
+        if any(warning in str(error) for warning in _DAMAGE_WARNINGS):
+            raise SampleError("corrupt_image", str(error)) from error
+        return None
+    return torch.from_numpy(array).permute(2, 0, 1) if is_plain else None
 
 
 def decode_plainly(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> DecodedImage:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import itertools
 import json
 import logging
 import posixpath
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import braceexpand
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -32,6 +32,7 @@ from vlm_ops.shards import (
     URI_COLUMNS,
     find_image_column,
     has_suffix,
+    raise_storage_errors,
     what_stands_beside,
 )
 
@@ -111,11 +112,14 @@ def list_inputs(config: InputConfig) -> Listing:
 
     Raises:
         FileNotFoundError: A pattern matches nothing.
-        ValueError: There is no input in what the patterns match, a file's format cannot be told, or a list has no column of URIs.
+        ValueError: There is no input in what the patterns match, a file's format cannot be told, a list has no column of
+            URIs, or a scheme is allowed that nothing here can open.
     """
+    _check_schemes(config.allowed_schemes)
     shards: dict[str, ShardRef] = {}
     files: dict[str, dict[str, FileRef]] = {}
     listed: set[str] = set()
+    empty_lists: list[str] = []
     passed_over: Counter[str] = Counter()
     for pattern in config.patterns:
         for origin, found, sidecars in _expand(pattern, config):
@@ -125,7 +129,9 @@ def list_inputs(config: InputConfig) -> Listing:
             if found.format in ("tar", "parquet"):
                 shards[found.uri] = ShardRef(found.uri, found.format, found.version, found.size)
                 continue
-            refs = _read_list(found, config) if found.format == "list" else [_file_ref(found, sidecars)]
+            refs = list(_read_list(found, config)) if found.format == "list" else [_file_ref(found, sidecars)]
+            if not refs:
+                empty_lists.append(found.uri)
             place = found.uri if found.format == "list" else origin
             for ref in refs:
                 if ref.uri not in listed:
@@ -135,9 +141,21 @@ def list_inputs(config: InputConfig) -> Listing:
     if passed_over:
         others = ", ".join(f"{count} of {suffix or 'no suffix'}" for suffix, count in sorted(passed_over.items()))
         logger.warning("passed over, as no input that is known: %s", others)
+    if empty_lists:
+        logger.warning("lists without an entry: %s", ", ".join(empty_lists))
+    if not shards and not ordered and empty_lists:
+        raise ValueError(f"the list {empty_lists[0]} has no entry; give one that names images")
     if not shards and not ordered:
         raise ValueError(f"no images, tars, Parquet files or lists in {' '.join(config.patterns)}")
     return Listing(tuple(shards[uri] for uri in sorted(shards)), ordered, dict(passed_over))
+
+
+def _check_schemes(schemes: Iterable[str]) -> None:
+    for scheme in schemes:
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"--allowed_schemes {scheme}: cannot be opened: {error}") from error
 
 
 def pack(files: Mapping[str, Sequence[FileRef]], files_per_shard: int = FILES_PER_SHARD) -> list[ShardRef]:
@@ -318,8 +336,7 @@ def _records(found: _Found, config: InputConfig) -> Iterator[tuple[int, dict[str
     with storage.open_for_reading(found.uri, config.storage_options) as file:
         if file.read(4) == b"PAR1":
             file.seek(0)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in pq.ParquetFile(file).iter_batches())
-            yield from ((number, row, None) for number, row in enumerate(rows, 1))
+            yield from _parquet_records(file)
             return
         file.seek(0)
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
@@ -354,6 +371,24 @@ def _records(found: _Found, config: InputConfig) -> Iterator[tuple[int, dict[str
             except (ValueError, RecursionError) as problem:
                 record, error = None, f"not JSON: {problem}"
             yield number, record if error is None else None, error
+
+
+def _parquet_records(file: Any) -> Iterator[tuple[int, dict[str, Any] | None, str | None]]:
+    """Rows of a Parquet list; those of a damaged row group with its error, each of them."""
+    parquet = pq.ParquetFile(file)
+    first = 1
+    for group in range(parquet.num_row_groups):
+        num_rows = parquet.metadata.row_group(group).num_rows
+        rows: list[dict[str, Any] | None] = [None] * num_rows
+        error = None
+        try:
+            rows = [*parquet.read_row_group(group).to_pylist()]
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as problem:
+            raise_storage_errors(problem)
+            error = f"row group {group} is damaged: {problem}"
+        for number, row in enumerate(rows, first):
+            yield number, row, error
+        first += num_rows
 
 
 def _find_uri_column(names: Sequence[str], config: InputConfig) -> str | None:

@@ -17,6 +17,7 @@ from schemas.manifests import IndexManifest, RunManifest
 from schemas.recipes import Recipe
 from schemas.samples import to_json
 from vlm_ops import storage
+from vlm_ops.delta_tables import conflict
 from vlm_ops.faiss_index import build_index
 from vlm_ops.ops import schema_of
 from vlm_ops.parts import PartSummary
@@ -43,6 +44,8 @@ class PublishConfig:
     Attributes:
         action: `build` or `retry`.
         gone: What leaves the catalog with this run.
+        sequence: Of the state that the run was planned from; where the catalog has another one by now, the run
+            publishes nothing.
         max_failure_rate: A larger share of failures publishes nothing; None publishes whatever failed.
     """
 
@@ -53,6 +56,7 @@ class PublishConfig:
     started_at: str
     inputs: tuple[str, ...]
     gone: Gone
+    sequence: int
     max_failure_rate: float | None
     storage_options: dict[str, object] = field(default_factory=dict)
 
@@ -136,6 +140,8 @@ def _publish(catalog: CatalogLayout, config: PublishConfig, summaries: Sequence[
     state = current_state(catalog, options)
     if state.commit and state.commit.record.run_id == config.run_id:  # a runner tried again what had been done
         return state.commit
+    if state.sequence != config.sequence:
+        raise conflict(catalog.images, f"{state.sequence - config.sequence} commits since this run began")
     contents = contents_after(catalog, state, summaries, config.gone, options)
     if state.commit and set(contents.images) == set(state.images) and set(contents.failures) == set(state.failures):
         return state.commit

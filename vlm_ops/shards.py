@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import itertools
 import json
 import math
 import os
@@ -116,7 +117,7 @@ def read_tar(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failure]:
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw) if is_gzip else raw)
         total = None if is_gzip else (shard.num_bytes or None)
         try:
-            for item in iter_members(stream, config.max_image_bytes, total):
+            for item in _iter_members(stream, config.max_image_bytes, total):
                 if isinstance(item, Damage):
                     yield from groups.flush()
                     yield _failure(shard.uri, shard, item.reason, item.message, byte_offset=item.offset)
@@ -130,6 +131,17 @@ def read_tar(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failure]:
             yield from groups.flush()
             yield _failure(shard.uri, shard, reason, f"gzip: {error}")
         yield from groups.flush()
+
+
+def _iter_members(stream: BinaryIO, max_bytes: int, total_bytes: int | None) -> Iterator[Member | Damage]:
+    """All members, also those of a gzipped tar behind one that claims more than there is: how much
+    there is shows at its end, so that such a tar, and no other, is read twice."""
+    for number, item in enumerate(iter_members(stream, max_bytes, total_bytes)):
+        if isinstance(item, Damage) and item.total_bytes is not None:
+            stream.seek(0)
+            yield from itertools.islice(iter_members(stream, max_bytes, item.total_bytes), number, None)
+            return
+        yield item
 
 
 class _KeyedGroups:
@@ -223,7 +235,7 @@ def read_parquet(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failu
                 )
                 return
         except (pa.ArrowException, OSError) as error:
-            _raise_storage_errors(error)
+            raise_storage_errors(error)
             yield _failure(shard.uri, shard, "unreadable_shard", f"not Parquet: {error}")
             return
         row = 0
@@ -236,14 +248,14 @@ def read_parquet(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failu
                         row += 1
             except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
                 # ValueError and OverflowError: text that is not UTF-8, dates that Python has not.
-                _raise_storage_errors(error)
+                raise_storage_errors(error)
                 yield _failure(
                     shard.uri, shard, "damaged_shard", f"row group {group} (rows {row} to {end - 1}): {error}"
                 )
             row = end
 
 
-def _raise_storage_errors(error: Exception) -> None:
+def raise_storage_errors(error: Exception) -> None:
     """Arrow complains about bad content with an OSError too, but one without an errno."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error

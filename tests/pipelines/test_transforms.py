@@ -31,7 +31,7 @@ def test_shards_become_parts_a_run_and_an_index(tmp_path: Path) -> None:
         shards.append(ShardRef(str(tmp_path / f"{number}.tar"), "tar", "1", len(data)))
     catalog = str(tmp_path / "catalog")
     enrich = EnrichConfig(catalog, RECIPE, "r", ReadConfig(10**7), device="cpu")
-    publish = PublishConfig(catalog, RECIPE, "r", "build", "2026-01-01T00:00:00+00:00", ("in",), Gone(), 0.0)
+    publish = PublishConfig(catalog, RECIPE, "r", "build", "2026-01-01T00:00:00+00:00", ("in",), Gone(), 0, 0.0)
     with TestPipeline() as pipeline:
         parts = pipeline | beam.Create(shards) | EnrichShards(enrich)
         runs = parts | PublishRun(publish)

@@ -38,7 +38,7 @@ def catalog_with(folder: Path, embeddings: np.ndarray, num_parts: int = 3) -> Ca
             }
             part.write(columns, len(rows))
         summaries.append(read_summary(catalog, shard.part_name(RECIPE.recipe_id), {}))
-    config = PublishConfig(catalog.root, RECIPE, "r", "build", "2026-01-01T00:00:00+00:00", (), Gone(), None)
+    config = PublishConfig(catalog.root, RECIPE, "r", "build", "2026-01-01T00:00:00+00:00", (), Gone(), 0, None)
     publish_run(config, summaries)
     return catalog
 

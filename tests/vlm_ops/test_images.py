@@ -313,6 +313,45 @@ def test_bad_bytes_have_a_reason(way: Way, data: bytes, reason: str, message: st
     assert caught.value.reason == reason
 
 
+def with_damaged_data(data: bytes) -> bytes:
+    """The same JPEG, its header whole, with half of its coded data skipped over."""
+    start = data.rindex(b"\xff\xda") + 20
+    return data[:start] + data[start + (len(data) - start) // 2 :]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        jpeg(9), jpeg(9, progressive=True), jpeg(9, restart_marker_blocks=2), encode(photo(7).convert("L"), "JPEG"),
+        encode(photo(9).convert("CMYK"), "JPEG"), jpeg(9, 400, 300),
+    ],
+    ids=["baseline", "progressive", "restarts", "grey", "cmyk", "large"],
+)  # fmt: skip
+@pytest.mark.parametrize("shorter_side", [None, 20])
+def test_damaged_coded_data_of_a_jpeg_is_told(data: bytes, shorter_side: int | None) -> None:
+    broken = with_damaged_data(data)
+    decode_plainly(broken)  # Pillow is expected to be silent here
+    with pytest.raises(SampleError, match="Corrupt JPEG data: ") as caught:
+        decode(broken, shorter_side=shorter_side)
+    assert caught.value.reason == "corrupt_image"
+    assert decode(data, shorter_side=shorter_side).pixels.numel()
+
+
+@pytest.mark.parametrize("stray", [b"\0\0\0", b"\x11\x22"])
+def test_stray_bytes_that_cost_no_pixel_are_no_damage(stray: bytes) -> None:
+    data = jpeg(9)
+    assert np.array_equal(array(decode(data[:-2] + stray + data[-2:])), array(decode(data)))
+
+
+@pytest.mark.parametrize("size", [(2000, 1500), (1537, 913)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_reduced_jpeg_is_that_of_pillow(size: tuple[int, int], mode: str) -> None:
+    data = encode(photo(9, *size).convert(mode), "JPEG")
+    image = Image.open(io.BytesIO(data))
+    image.draft(mode, (400, 400))
+    assert np.array_equal(array(decode(data, shorter_side=200)), np.asarray(image.convert("RGB")))
+
+
 @WAYS
 @pytest.mark.parametrize("format_", ["JPEG", "PNG"])
 def test_what_follows_an_image_does_not_matter(way: Way, format_: str) -> None:

@@ -363,8 +363,34 @@ def test_bad_lines_travel_with_their_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["list.jsonl", "list.csv", "list.tsv"])
 def test_empty_lists(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="no images, tars, Parquet files or lists in .*list"):
+    with pytest.raises(ValueError, match=rf"the list .*/{name} has no entry; give one that names images"):
         found(fill(tmp_path, {name: b""}) / name)
+
+
+def test_an_empty_list_beside_others_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(tmp_path, {"a.jpg": b"x", "empty.jsonl": b"", "full.jsonl": b'{"url": "a.jpg"}'})
+    assert found(tmp_path / "*.jsonl").num_files == 1
+    assert caplog.messages == [f"lists without an entry: {tmp_path / 'empty.jsonl'}"]
+
+
+def test_a_scheme_that_nothing_can_open_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--allowed_schemes ftpx: cannot be opened: Protocol not known: ftpx"):
+        found(fill(tmp_path, {"a.jpg": b"x"}), allowed_schemes=("file", "ftpx"))
+
+
+def test_a_damaged_row_group_of_a_parquet_list_costs_its_rows_alone(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    uris = [f"{number}{'x' * 100}.jpg" for number in range(6)]
+    pq.write_table(pa.table({"url": uris}), path, row_group_size=2, use_dictionary=False, compression="none")
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset : chunk.data_page_offset + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    refs = found(path).files[str(path)]
+    assert [Path(ref.uri).name for ref in refs if not ref.error] == [uris[i] for i in (0, 1, 4, 5)]
+    assert [ref.error[1][:36] for ref in refs if ref.error] == [
+        "line 3: row group 1 is damaged: Coul", "line 4: row group 1 is damaged: Coul",
+    ]  # fmt: skip
 
 
 def test_the_uri_column_is_found_or_named(tmp_path: Path) -> None:

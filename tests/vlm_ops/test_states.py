@@ -56,9 +56,10 @@ class Corpus:
         config = EnrichConfig(self.catalog.root, self.recipe, "run", ReadConfig(10**7), device="cpu")
         return Enricher(config).enrich(shard)
 
-    def commit(self, run_id: str, *parts: PartSummary, gone: Gone = Gone()) -> RunManifest:  # noqa: B008
+    def commit(self, run_id: str, *parts: PartSummary, gone: Gone = Gone(), sequence: int | None = None) -> RunManifest:  # noqa: B008
+        sequence = self.state().sequence if sequence is None else sequence
         config = PublishConfig(
-            self.catalog.root, self.recipe, run_id, "build", "2026-01-01T00:00:00+00:00", (), gone, None
+            self.catalog.root, self.recipe, run_id, "build", "2026-01-01T00:00:00+00:00", (), gone, sequence, None
         )
         return publish_run(config, parts)
 
@@ -181,6 +182,14 @@ def test_of_two_runs_at_once_one_says_so(corpus: Corpus, shard: str, monkeypatch
     assert corpus.keys() == ["x", "z"]
     corpus.commit("loser again", loser)
     assert corpus.keys() == ["x", "x2", "y"] + (["z"] if shard == "b.tar" else [])
+
+
+def test_a_run_that_was_planned_from_an_older_state_stops(corpus: Corpus) -> None:
+    loser = corpus.tar("a.tar", "1", ["x"])
+    corpus.commit("winner", corpus.tar("b.tar", "1", ["y"]))
+    with pytest.raises(CommitConflictError, match="1 commits since this run began"):
+        corpus.commit("loser", loser, sequence=0)
+    assert corpus.keys() == ["y"]
 
 
 def test_commits_at_the_very_same_time(corpus: Corpus) -> None:

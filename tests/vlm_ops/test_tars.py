@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 import tracemalloc
@@ -379,6 +380,50 @@ def test_a_false_size_in_a_pax_header_is_no_better(tmp_path: Path) -> None:
     liar = header("pax", len(record), tarfile.XHDTYPE) + padded(record) + header("liar.jpg", 0)
     samples, failures = read(tmp_path / "a.tar", TAR[: HEADERS[2]] + liar + TAR[HEADERS[3] :])
     assert contents(samples) == photos(0, 1, 3, 4, 5) and reasons(failures) == ["damaged_shard"]
+
+
+def test_a_size_of_ten_gigabytes_in_a_gzipped_tar(tmp_path: Path) -> None:
+    data = gzip.compress(TAR[: HEADERS[2]] + header("liar.jpg", 10 * 10**9) + TAR[HEADERS[3] :])
+    samples, failures = read(tmp_path / "a.tar.gz", data, ReadConfig(10**12))
+    assert contents(samples) == photos(0, 1, 3, 4, 5)
+    assert [(failure.reason, failure.byte_offset) for failure in failures] == [("damaged_shard", HEADERS[2])]
+
+
+@pytest.mark.parametrize("number", [1, 5])
+def test_a_tail_of_zeros_is_no_end(tmp_path: Path, number: int) -> None:
+    large = [(f"{seed}.jpg", jpeg(seed, 800, 600)) for seed in range(6)]
+    data = tar_bytes(large)
+    start = tarfile.open(fileobj=io.BytesIO(data)).getmembers()[number].offset
+    samples, failures = read(tmp_path / "a.tar", data[:start] + bytes(len(data) - start))
+    assert contents(samples) == dict(large[:number])
+    assert [(failure.reason, failure.byte_offset) for failure in failures] == [("truncated_shard", start)]
+    message = f"ends with {len(data) - start} zero bytes from byte {start}, which are no end of an archive"
+    assert failures[0].message == message
+
+
+def test_members_overwritten_with_zeros_are_missed(tmp_path: Path) -> None:
+    data = TAR[: HEADERS[2]] + bytes(HEADERS[4] - HEADERS[2]) + TAR[HEADERS[4] :]
+    samples, failures = read(tmp_path / "a.tar", data)
+    assert contents(samples) == photos(0, 1, 4, 5) and reasons(failures) == ["damaged_shard"]
+    assert failures[0].message == f"damaged between byte {HEADERS[2]} and byte {HEADERS[4]}"
+
+
+@pytest.mark.parametrize("blocking", [1, 2, 20, 64, 128, 2048])
+def test_the_end_of_any_writer_is_an_end(tmp_path: Path, blocking: int) -> None:
+    bare = TAR[: HEADERS[5] + BLOCK] + padded(PHOTOS[5]) + bytes(2 * BLOCK)
+    whole = bare + bytes(-len(bare) % (blocking * BLOCK))
+    samples, failures = read(tmp_path / "a.tar", whole + tar_bytes([("last.jpg", PHOTOS[0])]))
+    assert contents(samples) == {**photos(0, 1, 2, 3, 4, 5), "last.jpg": PHOTOS[0]} and not failures
+
+
+@pytest.mark.parametrize("place", [HEADERS[2] + BLOCK + 700, HEADERS[2] + 5, HEADERS[3]])
+@pytest.mark.parametrize("shift", [-1800, -301, -1, 1, 300, 511])
+def test_bytes_too_many_or_too_few_cost_their_member_alone(tmp_path: Path, place: int, shift: int) -> None:
+    data = TAR[:place] + (b"?" * shift if shift > 0 else b"") + TAR[place + max(-shift, 0) :]
+    samples, failures = read(tmp_path / "a.tar", data)
+    hit = {2} if place < HEADERS[3] else {3} if shift < 0 else set()
+    assert photos(*(set(range(6)) - hit)).items() <= contents(samples).items()
+    assert reasons(failures) == ["damaged_shard"]
 
 
 def test_garbage_behind_the_end_is_told(tmp_path: Path) -> None:
