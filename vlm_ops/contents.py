@@ -82,8 +82,8 @@ def sha256_of(data: bytes) -> str:
 class ShardRows(AbstractContextManager["ShardRows"]):
     """What a shard's distinct images have become so far: rows of the ops' columns, or failures.
 
-    The rows wait in a temporary file without a name, about as large as the part; memory holds some 300 bytes
-    an image. For one thread.
+    The rows wait in a temporary file without a name, about as large as the part; memory holds half a
+    kilobyte an image. For one thread.
     """
 
     def __init__(self) -> None:

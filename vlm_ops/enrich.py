@@ -112,7 +112,9 @@ class _OpError(Exception):
     def __init__(self, op: str, cause: Exception) -> None:
         super().__init__(op)
         self.op = op
-        self.cause = cause
+        self.is_out_of_memory = is_out_of_memory(cause)
+        told = "out of memory, even for this image alone: " if self.is_out_of_memory else ""
+        self.message = f"{told}{type(cause).__name__}: {cause}"[:1000]
 
 
 class Enricher:
@@ -291,19 +293,17 @@ class Enricher:
         try:
             for name, ops in self._groups.items():
                 columns |= self._run_group(name, ops, batch)
-        except _OpError as error:  # whatever a model raises: an image must not stop a night's run
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                self._run_ops(batch.part(0, middle), result)
-                self._run_ops(batch.part(middle, len(batch)), result)
-                return
-            sample, cause = batch.samples[0], error.cause
-            message = f"{type(cause).__name__}: {cause}"
-            if is_out_of_memory(cause):
-                message = f"out of memory, even for this image alone: {message}"
-            result.failures[sample.uri] = _failure_of(sample, error.op, "model_error", message[:1000])
+            result.rows.append(_record_batch(columns, self._op_schema, len(batch)))
             return
-        result.rows.append(_record_batch(columns, self._op_schema, len(batch)))
+        except _OpError as error:  # whatever a model raises: an image must not stop a night's run
+            failure = _failure_of(batch.samples[0], error.op, "model_error", error.message)
+        # Here and not above: as long as the error lives, so do the tensors of the failed call.
+        if len(batch) == 1:
+            result.failures[failure.uri] = failure
+            return
+        middle = len(batch) // 2
+        self._run_ops(batch.part(0, middle), result)
+        self._run_ops(batch.part(middle, len(batch)), result)
 
     def _run_group(self, name: str, ops: Sequence[Op], batch: ImageBatch) -> dict[str, pa.Array]:
         """Runs ops that share a model, in pieces as large as memory allows."""
@@ -318,9 +318,9 @@ class Enricher:
                 start += size
                 continue
             except _OpError as error:
-                if not is_out_of_memory(error.cause):
+                if not error.is_out_of_memory:
                     raise
-            # Here and not above: as long as the error lives, so do the tensors of the failed call.
+            # Here and not above, for the same reason.
             release_cached_memory()
             if size > 1:
                 self._limits.halve(name, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -141,6 +142,30 @@ def test_poison_fails_alone_where_memory_is_short_too(tmp_path: Path, monkeypatc
     rows, failures = enrich(enricher_of(tmp_path), tmp_path, "a.tar", datas)
     assert len(rows) == 31
     assert [(row["key"], row["message"]) for row in failures] == [("013", "RuntimeError: magenta is poison")]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("poison")], ids=["memory", "poison"])
+def test_what_a_failed_call_held_is_let_go_before_the_next(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref] = []
+    encode_images = ToyImageModel.encode_images
+
+    def starved(self: ToyImageModel, pixels: np.ndarray):  # type: ignore[no-untyped-def]
+        assert [each() for each in held] == [None] * len(held)
+        activations = np.zeros(4).view(_Activations)
+        held.append(weakref.ref(activations))
+        if len(pixels) > 2:
+            raise type(error)(*error.args)
+        return encode_images(self, pixels)
+
+    monkeypatch.setattr(ToyImageModel, "encode_images", starved)
+    rows, failures = enrich(enricher_of(tmp_path), tmp_path, "a.tar", [jpeg(seed, 24, 16) for seed in range(16)])
+    assert len(rows) == 16 and not failures and len(held) > 8
+
+
+class _Activations(np.ndarray):
+    """An array that can be watched."""
 
 
 def test_threads_that_run_short_at_once_halve_once(
