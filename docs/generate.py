@@ -18,9 +18,12 @@ HEAD = """\
 <catalog>/
   images/            Delta table, one row an image
   failures/          Delta table, one row a failure
-  indexes/<n>/       embeddings.faiss, rows.parquet (what a result shows), manifest.json (written last)
+  indexes/<run id>/  embeddings.faiss, rows.parquet (what a result shows), manifest.json (written last)
   runs/<run id>/     manifest.json, metrics.json, report.html
 ```
+
+What readers see is decided by the log of `images` alone: the newest entry with a field `beamsight` (a JSON record) names run, recipe, index and the version of `failures` that
+belong to this version of the table. `beamsight history` shows these records, `beamsight rollback` goes back to one.
 
 Both tables are [Delta Lake](https://delta.io) tables: Parquet files and a transaction log. Read them with a Delta
 reader, not as a folder of Parquet files: the folder also holds parts that a run has not published, or has replaced.

@@ -82,7 +82,7 @@ class RunManifest:
     @property
     def stages(self) -> list[tuple[str, float]]:
         """Stages and their thread-seconds, in the order of the work."""
-        first = [stage for stage in ("read", "decode", "model") if stage in self.stage_sec]
+        first = [stage for stage in ("read", "copy", "decode", "model") if stage in self.stage_sec]
         ops = [stage for stage in self.stage_sec if stage not in (*first, "write")]
         last = ["write"] if "write" in self.stage_sec else []
         return [(stage, self.stage_sec[stage]) for stage in (*first, *ops, *last)]

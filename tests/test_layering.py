@@ -17,6 +17,7 @@ SHARED = {
     "pipelines.options",
     "pipelines.progress",
     "pipelines.query_images",
+    "pipelines.runs",
     "pipelines.runners",
     "pipelines.transforms",
     "pipelines",

@@ -22,7 +22,7 @@ from schemas.recipes import Recipe
 from schemas.tables import FAILURES
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart, live_parts, open_table, read_columns, sequence_of, set_live
-from vlm_ops.parts import PartSummary
+from vlm_ops.parts import ROWS_PER_GROUP, PartSummary
 
 _RECORD = "beamsight"
 _NEWEST = 8  # log entries in which the newest record is looked for first
@@ -308,5 +308,5 @@ def _without_rows(
     assert part.shard_id is not None and part.recipe_id is not None
     name = part_name(part.shard_id, part.recipe_id, uuid.uuid4().hex[:8])
     with storage.replacing(f"{uri}/{name}", storage_options) as path:
-        pq.write_table(kept, path, compression="zstd")
+        pq.write_table(kept, path, row_group_size=ROWS_PER_GROUP, compression="zstd")
     return [LivePart(name, kept.num_rows, int(storage.filesystem(uri, storage_options).size(f"{uri}/{name}")))]
