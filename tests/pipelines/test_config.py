@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,28 @@ def test_a_build_and_a_look_at_it(config: Any, tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert main(["inspect", *config(f"catalog: {tmp_path}/c\njson: true\n")]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 1
+
+
+def test_the_page_on_nights(
+    monkeypatch: pytest.MonkeyPatch, config: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "nightly.md").read_text()
+    monkeypatch.setenv("BEAMSIGHT_CATALOG", "/srv/catalog")
+    monkeypatch.setenv("S3_ENDPOINT", "https://s3.example.org")
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    found = options.parse_build(config(example))
+    assert found.catalog == "/srv/catalog" and found.storage_options == {"endpoint_url": "https://s3.example.org"}
+    assert found.allowed_schemes == ("s3", "https") and len(found.input) == 2
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    compile(program, "dag.py", "exec")
+    # What it says of metrics.json is what is written there.
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    flags = ["--catalog", f"{tmp_path}/c", "--model", "python:tests.toys", "--ops", "quality", "--device", "cpu"]
+    assert main(["build", "--input", f"{tmp_path}/a.jpg", *flags]) == 0
+    (metrics,) = tmp_path.glob("c/runs/*/metrics.json")
+    table = page[page.index("| field |") : page.index("Run ids begin")]
+    fields = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.partition(" | ")[0])]
+    assert len(fields) == 9 and set(fields) <= set(json.loads(metrics.read_text()))
 
 
 def test_a_wrong_file_is_told_at_once(config: Any) -> None:
