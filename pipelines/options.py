@@ -4,12 +4,14 @@ answer at once."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import json
 import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +29,9 @@ from schemas.samples import FILES_PER_SHARD, INPUT_FORMATS
 if TYPE_CHECKING:
     from vlm_ops.inputs import InputConfig
     from vlm_ops.shards import ReadConfig
+
+
+_VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -507,6 +512,13 @@ def parse_inspect(argv: Sequence[str]) -> InspectOptions:
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser of flags, which may also stand in a YAML file; those on the command line win.
+
+    What a key of the file means is asked of the flag's own action, so there is no second list of flags.
+    """
+
+    takes_beam_flags = False
+
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """A file of flags is written like a command line, over several lines and with comments."""
         return shlex.split(arg_line, comments=True)
@@ -514,6 +526,183 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, without the usage of all flags above it."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return self._with_config(super().parse_known_args, args, namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return self._with_config(super().parse_known_intermixed_args, args, namespace)
+
+    def _with_config(self, parse: Callable[..., Any], args: Any, namespace: Any) -> Any:
+        path, args = self._split_off("--config", args)
+        if path is None:
+            return parse(args, namespace)
+        values = self._read_config(path)
+        own = {action.dest: action for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)}
+        others = {name: value for name, value in values.items() if name not in own}
+        if others and not self.takes_beam_flags:
+            self._fail_unknown(path, next(iter(others)))
+        given = {name: self._value(path, own[name], value) for name, value in values.items() if name in own}
+        if others and (self._split_off("--runner", args)[0] or given.get("runner", "local")) == "local":
+            self._check_beam_flags(path, others)
+        with self._taken_as_given(given):
+            namespace, rest = parse(args, namespace)
+        for name, value in given.items():
+            if not hasattr(namespace, name):
+                setattr(namespace, name, value)
+        on_command_line = {arg.partition("=")[0] for arg in rest}
+        beam_args = [arg for name, value in others.items() if f"--{name}" not in on_command_line
+                     for arg in self._beam_args(path, name, value)]  # fmt: skip
+        return namespace, beam_args + rest
+
+    def _split_off(self, flag: str, args: Any) -> tuple[str | None, list[str]]:
+        """The value of one flag, and the other arguments."""
+        parser = argparse.ArgumentParser(self.prog, add_help=False, allow_abbrev=False)
+        parser.error = self.error  # type: ignore[method-assign]
+        parser.add_argument(flag, dest="found", action="append", default=[])
+        known, rest = parser.parse_known_args(args)
+        if len(known.found) > 1:
+            self.error(f"argument {flag}: must be given once, got {' and '.join(known.found)}")
+        return (known.found[0] if known.found else None), rest
+
+    def _read_config(self, path: str) -> dict[str, Any]:
+        import yaml
+
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                text = file.read()
+            node = yaml.compose(text, yaml.SafeLoader)
+            values = yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError) as error:
+            self.error(f"argument --config: cannot read {path!r}: {getattr(error, 'strerror', None) or error}")
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+            self.error(f"{path}: not YAML: {place}{error.problem}")
+        except yaml.YAMLError as error:
+            self.error(f"{path}: not YAML: {str(error).splitlines()[0]}")
+        if values is None:
+            return {}
+        if not isinstance(values, dict):
+            self.error(f"{path}: must be lines of `flag: value`, not {_kind_of(values)}")
+        names = [key.value for key, _ in node.value] if node else []
+        for name in names:
+            if names.count(name) > 1:
+                self.error(f"{path}: {name}: stands there more than once")
+        try:
+            return {str(name): _with_environment(value) for name, value in values.items()}
+        except KeyError as error:
+            name = next(
+                key for key, value in values.items() if f"${{{error.args[0]}}}" in json.dumps(value, default=str)
+            )
+            self.error(f"{path}: {name}: ${{{error.args[0]}}} is not set in the environment")
+
+    def _value(self, path: str, action: argparse.Action, value: Any) -> Any:
+        """What the flag would be, were it given on the command line with this value."""
+        namespace = argparse.Namespace()
+        try:
+            for texts in _texts_of(action, value):
+                action(self, namespace, self._get_values(action, texts), None)
+        except argparse.ArgumentError as error:
+            self.error(f"{path}: {action.dest}: {error.message}")
+        return getattr(namespace, action.dest, action.default)
+
+    @contextlib.contextmanager
+    def _taken_as_given(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """Flags of the file are not required of the command line, and show whether it has them all the same."""
+        positionals = [action.dest for action in self._actions if not action.option_strings]
+        actions = [action for action in self._actions if action.dest in given]
+        settings = [(action, action.default, action.required, action.nargs) for action in actions]
+        all_actions, defaults = list(self._actions), dict(self._defaults)
+        for action in actions:
+            action.required = False
+            self._defaults.pop(action.dest, None)
+            if action.option_strings:
+                action.default = argparse.SUPPRESS
+            elif action.dest == positionals[-1]:
+                action.default, action.nargs = given[action.dest], action.nargs or argparse.OPTIONAL
+            else:  # whatever stands on the command line belongs to those behind it
+                self._actions.remove(action)
+        try:
+            yield
+        finally:
+            self._actions[:] = all_actions
+            self._defaults.update(defaults)
+            for action, *values in settings:
+                action.default, action.required, action.nargs = values
+
+    def _fail_unknown(self, path: str, name: str) -> NoReturn:
+        own = [action.dest for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)]
+        close = difflib.get_close_matches(name, own, 1)
+        self.error(f"{path}: {name}: no such flag" + (f"; did you mean {close[0]}?" if close else ""))
+
+    def _check_beam_flags(self, path: str, values: Mapping[str, Any]) -> None:
+        from pipelines.runners import unknown_beam_args
+
+        for name, value in values.items():
+            if unknown_beam_args(self._beam_args(path, name, value)):
+                self._fail_unknown(path, name)
+
+    def _beam_args(self, path: str, name: str, value: Any) -> list[str]:
+        if isinstance(value, bool):
+            return [f"--{name}"] if value else []
+        if value is None:
+            self.error(f"{path}: {name}: has no value")
+        if isinstance(value, list):
+            return [f"--{name}={each}" for each in value]
+        return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def _texts_of(action: argparse.Action, value: Any) -> list[list[str]]:
+    """A value of a YAML file in the words of a command line: the arguments of each time that the flag is given.
+
+    Raises:
+        argparse.ArgumentError: The value is of another kind than the flag.
+    """
+
+    def refuse(wanted: str) -> NoReturn:
+        raise argparse.ArgumentError(
+            action, f"must be {wanted}, got {_kind_of(value)} {json.dumps(value, default=str)}"
+        )
+
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            refuse("true or false")
+        return [[]] if value else []
+    if isinstance(value, dict):
+        return [[json.dumps(value)]] if action.type is _json_object else refuse("a value")
+    is_list = isinstance(value, list)
+    items = value if is_list else [value]
+    if not items or any(item is None or isinstance(item, (bool, list, dict)) for item in items):
+        refuse("one value, or a list of them" if is_list else "a value")
+    texts = [str(item) for item in items]
+    if action.nargs in (argparse.ONE_OR_MORE, argparse.ZERO_OR_MORE):
+        return [texts]
+    if isinstance(action, argparse._AppendAction):  # and those that extend
+        return [[text] for text in texts]
+    if is_list and action.type not in (_names, _sides):
+        refuse("one value")
+    return [[",".join(texts)]]
+
+
+def _kind_of(value: Any) -> str:
+    kinds = {bool: "the switch", dict: "the mapping", list: "the list", str: "the text", type(None): "nothing:"}
+    return kinds.get(type(value), "the number" if isinstance(value, (int, float)) else f"the {type(value).__name__}")
+
+
+def _with_environment(value: Any) -> Any:
+    """The value with each ${NAME} replaced from the environment; $${NAME} is left as ${NAME}.
+
+    Raises:
+        KeyError: There is no such variable.
+    """
+    if isinstance(value, str):
+        return _VARIABLE.sub(lambda found: found[0][1:] if found[1] else os.environ[found[2]], value)
+    if isinstance(value, list):
+        return [_with_environment(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _with_environment(item) for name, item in value.items()}
+    return value
 
 
 def input_config(options: ReadingOptions, patterns: Sequence[str]) -> InputConfig:
@@ -544,8 +733,11 @@ def read_config(options: ReadingOptions) -> ReadConfig:
     return ReadConfig(options.max_image_bytes, options.image_column, options.caption_field, options.storage_options)
 
 
-def _parser(command: str, description: str, **settings: Any) -> argparse.ArgumentParser:
-    return _Parser(f"beamsight {command}", description=description, allow_abbrev=False, **settings)
+def _parser(command: str, description: str, **settings: Any) -> _Parser:
+    parser = _Parser(f"beamsight {command}", description=description, allow_abbrev=False, **settings)
+    parser.add_argument("--config", metavar="FILE.yaml", dest=argparse.SUPPRESS, default=argparse.SUPPRESS,
+        help="read flags from a file of `flag: value` lines; those on the command line win")  # fmt: skip
+    return parser
 
 
 def _add_catalog(parser: argparse.ArgumentParser) -> None:
@@ -610,7 +802,8 @@ def _add_workers(parser: argparse._ActionsContainer) -> None:
                         help="threads of a process (default: the cores, %(default)s here)")  # fmt: skip
 
 
-def _add_running(parser: argparse.ArgumentParser) -> None:
+def _add_running(parser: _Parser) -> None:
+    parser.takes_beam_flags = True
     group = parser.add_argument_group("running", "Any other flag goes to Apache Beam.")
     group.add_argument("--runner", default="local", help="local, or the name of a Beam runner (default: %(default)s)")
     _add_workers(group)
@@ -625,8 +818,6 @@ def _check_beam_args(parser: argparse.ArgumentParser, args: argparse.Namespace, 
 
     unknown = unknown_beam_args(beam_args)
     if unknown:
-        import difflib
-
         flags = [flag for action in parser._actions for flag in action.option_strings]
         close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
         parser.error(f"unknown flag {unknown[0]!r}" + (f"; did you mean {close[0]}?" if close else ""))

@@ -246,6 +246,8 @@ def read_parquet(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failu
                     for values in batch.to_pylist():
                         yield _sample_of_row(values, row, column, shard, config)
                         row += 1
+                if row != end:
+                    raise ValueError(f"{end - row} of its rows are missing")
             except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
                 # ValueError and OverflowError: text that is not UTF-8, dates that Python has not.
                 raise_storage_errors(error)
@@ -253,6 +255,9 @@ def read_parquet(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failu
                     shard.uri, shard, "damaged_shard", f"row group {group} (rows {row} to {end - 1}): {error}"
                 )
             row = end
+        if row != parquet.metadata.num_rows:
+            message = f"its row groups hold {row} rows, and its footer tells of {parquet.metadata.num_rows}"
+            yield _failure(shard.uri, shard, "damaged_shard", message)
 
 
 def raise_storage_errors(error: Exception) -> None:

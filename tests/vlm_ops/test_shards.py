@@ -185,6 +185,24 @@ def test_text_that_is_not_utf8_costs_its_row_group_alone(tmp_path: Path) -> None
     assert reasons(failures) == ["damaged_shard"] and "can't decode byte 0xff" in failures[0].message
 
 
+def with_other_numbers(tmp_path: Path, num_rows: bytes, new: bytes) -> ShardRef:
+    """Three photos in one row group; a number in its footer is replaced. Thrift writes 3 as 06."""
+    shard = write(tmp_path / "a.parquet", {"image": pa.array(PHOTOS[:3], pa.binary())}, compression="none")
+    data = Path(shard.uri).read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    assert data.count(num_rows, footer) == 1
+    Path(shard.uri).write_bytes(data[:footer] + data[footer:].replace(num_rows, new))
+    return shard
+
+
+def test_rows_that_a_damaged_footer_hides_are_missed(tmp_path: Path) -> None:
+    # Field 3 of the file's metadata, an int64 (0x16), is followed by the list of row groups (0x19 0x1c).
+    shard = with_other_numbers(tmp_path, b"\x16\x06\x19\x1c", b"\x16\x0a\x19\x1c")
+    samples, failures = split(read_shard(shard, CONFIG))
+    assert len(samples) == 3 and reasons(failures) == ["damaged_shard"]
+    assert failures[0].message == "its row groups hold 3 rows, and its footer tells of 5"
+
+
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + b"x" * 500 + b"PAR1", b"<html>" * 50], ids=len)
 def test_what_is_not_parquet(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.parquet"
