@@ -144,6 +144,9 @@ FAILURES = pa.schema(
     [
         column("uri", pa.string(), "build", "URI", "What failed: an image, a list entry, or a shard.", required=True),
         column("shard_uri", pa.string(), "build", "URI", "The file it was read from.", required=True),
+        column(
+            "member", pa.string(), "build", "name, or row", "Member of a tar or row of a Parquet file, where it is one."
+        ),
         column("key", pa.string(), "build", "name", "The sample's key, where known."),
         column("byte_offset", pa.int64(), "build", "bytes", "Where in the shard, where known."),
         column("stage", pa.string(), "build", "`read`, `decode` or an op", "What was being done.", required=True),

@@ -191,7 +191,14 @@ def _failure_row(failure: Failure, shard: ShardRef) -> dict[str, Any]:
     if file := next((file for file in shard.files if file.uri == failure.uri), None):
         source["file"] = {name: value for name, value in asdict(file).items() if value}
     attempts = 1 + shard.attempts.get(row["uri"], 0)
-    return {**row, "source_version": row.pop("version"), "source": json.dumps(source), "attempts": attempts}
+    _, _, member = row["uri"].removeprefix(row["shard_uri"]).partition("#")
+    return {
+        **row,
+        "member": member or None,
+        "source_version": row.pop("version"),
+        "source": json.dumps(source),
+        "attempts": attempts,
+    }
 
 
 def _dictionary_columns(schema: pa.Schema) -> list[str]:

@@ -44,7 +44,7 @@ input_format: tar
 ops: [quality, embedding]
 max_failure_rate: 0.02
 batch_size: 64
-recompute: true
+prune: true
 storage_options:
   key: me
   client_kwargs: {region_name: eu-central-1}
@@ -55,7 +55,7 @@ def test_every_kind_of_value(config: Any) -> None:
     found = options.parse_build(config(EVERY_KIND))
     written = ["--input", "s3://photos/2026/*.tar", "s3://photos/new/{00000..00041}.tar", "--catalog", "gs://night/catalog",
                "--input_format", "tar", "--ops", "quality,embedding", "--max_failure_rate", "0.02", "--batch_size", "64",
-               "--recompute", "--storage_options", '{"key": "me", "client_kwargs": {"region_name": "eu-central-1"}}']  # fmt: skip
+               "--prune", "--storage_options", '{"key": "me", "client_kwargs": {"region_name": "eu-central-1"}}']  # fmt: skip
     assert found == options.parse_build(written)
 
 
@@ -65,12 +65,12 @@ def test_the_command_line_wins(config: Any) -> None:
     for found in (options.parse_build([*flags, *argv]), options.parse_build([*argv, *flags])):
         assert found.input == ("other.tar",) and found.batch_size == 8 and found.ops == ("quality",)
         assert found.storage_options == {} and found.beam_args == ("--experiments=c",)
-        assert found.catalog == "gs://night/catalog" and found.recompute
+        assert found.catalog == "gs://night/catalog" and found.prune
 
 
 def test_a_switch_that_is_false_and_single_values(config: Any) -> None:
-    found = options.parse_build(config("input: a.tar\ncatalog: c\nops: quality\nrecompute: false\n"))
-    assert (found.input, found.ops, found.recompute) == (("a.tar",), ("quality",), False)
+    found = options.parse_build(config("input: a.tar\ncatalog: c\nops: quality\nprune: false\n"))
+    assert (found.input, found.ops, found.prune) == (("a.tar",), ("quality",), False)
 
 
 def test_flags_of_beam(config: Any) -> None:
@@ -160,7 +160,7 @@ def test_the_environment(config: Any, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("batch_size: true", "batch_size: must be a value, got the switch true"),
         ("batch_size:", "batch_size: must be a value, got nothing: null"),
         ("max_failure_rate: 5", "max_failure_rate: must be in [0, 1], got 5"),
-        ("recompute: 'yes'", 'recompute: must be true or false, got the text "yes"'),
+        ("prune: 'yes'", 'prune: must be true or false, got the text "yes"'),
         ("device: gpu", "device: invalid choice: 'gpu' (choose from "),
         ("input: {a: b}", 'input: must be a value, got the mapping {"a": "b"}'),
         ("input: [a, [b]]", "input: must be one value, or a list of them, got the list "),

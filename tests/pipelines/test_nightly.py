@@ -243,6 +243,7 @@ def test_retry_processes_just_what_failed(night: Night, monkeypatch: pytest.Monk
     assert {name: row["reason"] for name, row in failed.items()} == {
         "a.tar#a12.jpg": "model_error", "p3.jpg": "model_error", "bad.jpg": "not_an_image", "late.jpg": "missing_file",
     }  # fmt: skip
+    assert failed["a.tar#a12.jpg"]["member"] == "a12.jpg" and failed["bad.jpg"]["member"] is None
     assert failed["a.tar#a12.jpg"]["byte_offset"] > 0 and {row["attempts"] for row in failed.values()} == {1}
     assert "nothing to do" in night.build(inputs=inputs)
 
