@@ -23,3 +23,10 @@ def test_links_in_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_promises_name_tests_that_exist() -> None:
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    promises = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for name in set(re.findall(r"`(test_\w+)`", promises)):
+        assert f"def {name}(" in tests, name
