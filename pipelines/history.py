@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.options import HistoryOptions
 from schemas.catalog import CatalogLayout
+from schemas.manifests import RunManifest
 from vlm_ops import storage
 from vlm_ops.cleaning import has_all_files, stored_files
 from vlm_ops.publishing import refused_runs
@@ -35,7 +36,7 @@ def run(options: HistoryOptions) -> int:
         FileNotFoundError: There is no catalog.
     """
     catalog = CatalogLayout(storage.normalise(options.catalog))
-    rows = describe(catalog, options.storage_options)
+    rows = describe(catalog, options.last, options.storage_options)
     if options.json:
         print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     else:
@@ -43,8 +44,8 @@ def run(options: HistoryOptions) -> int:
     return 0
 
 
-def describe(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> list[dict[str, Any]]:
-    """One dictionary a run, newest first; runs that published nothing are among them.
+def describe(catalog: CatalogLayout, last: int, storage_options: storage.StorageOptions) -> list[dict[str, Any]]:
+    """One dictionary a run, the newest first; runs that published nothing are among them.
 
     Raises:
         FileNotFoundError: There is no catalog.
@@ -52,17 +53,10 @@ def describe(catalog: CatalogLayout, storage_options: storage.StorageOptions) ->
     files = stored_files(catalog, storage_options)
     rows = [
         _of_commit(each, has_all_files(state_of(catalog, each, storage_options), files))
-        for each in commits(catalog, storage_options)
+        for each in commits(catalog, storage_options)[:last]
     ]
-    for manifest in refused_runs(catalog, storage_options):
-        rows.append(
-            {
-                "run": manifest.run_id, "when": manifest.finished_at, "action": "refused", "of_run": None, "images": None,
-                "added": 0, "changed": 0, "removed": 0, "failures": manifest.num_failed_images,
-                "recipe": manifest.recipe.recipe_id, "index": None, "can_go_back": False,
-            }
-        )  # fmt: skip
-    return sorted(rows, key=lambda row: row["run"], reverse=True)
+    rows += [_of_refusal(each) for each in refused_runs(catalog, last, storage_options)]
+    return sorted(rows, key=lambda row: row["run"], reverse=True)[:last]
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
@@ -94,6 +88,14 @@ def _of_commit(commit: Commit, can_go_back: bool) -> dict[str, Any]:
         "run": record.run_id, "when": record.committed_at, "action": record.action, "of_run": record.of_run,
         "images": record.num_images, "added": record.num_added, "changed": record.num_changed, "removed": record.num_removed,
         "failures": record.num_failures, "recipe": record.recipe.recipe_id, "index": record.index, "can_go_back": can_go_back,
+    }  # fmt: skip
+
+
+def _of_refusal(manifest: RunManifest) -> dict[str, Any]:
+    return {
+        "run": manifest.run_id, "when": manifest.finished_at, "action": "refused", "of_run": None,
+        "images": None, "added": 0, "changed": 0, "removed": 0,
+        "failures": manifest.num_failed_images, "recipe": manifest.recipe.recipe_id, "index": None, "can_go_back": False,
     }  # fmt: skip
 
 

@@ -160,6 +160,7 @@ class HistoryOptions:
     """Flags of `beamsight history`."""
 
     catalog: str
+    last: int
     json: bool
     storage_options: dict[str, Any]
 
@@ -454,6 +455,9 @@ def parse_retry(argv: Sequence[str]) -> RetryOptions:
 def parse_history(argv: Sequence[str]) -> HistoryOptions:
     parser = _parser("history", "Lists the runs that changed a catalog, newest first.")
     _add_catalog(parser)
+    parser.add_argument(
+        "--last", type=_positive_int, default=30, metavar="N", help="so many runs (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line a run")
     _add_storage(parser)
     return HistoryOptions(**vars(parser.parse_args(argv)))

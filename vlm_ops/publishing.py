@@ -209,9 +209,10 @@ def last_refusal(
     return None
 
 
-def refused_runs(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> list[RunManifest]:
-    """Manifests of the runs that published nothing, newest first."""
-    return [manifest for manifest in _manifests(catalog, storage_options) if manifest.status == "refused"]
+def refused_runs(catalog: CatalogLayout, last: int, storage_options: storage.StorageOptions) -> list[RunManifest]:
+    """Of so many newest runs those that published nothing, newest first."""
+    newest = itertools.islice(_manifests(catalog, storage_options), last)
+    return [manifest for manifest in newest if manifest.status == "refused"]
 
 
 def seconds_per_byte(catalog: CatalogLayout, recipe: Recipe, storage_options: storage.StorageOptions) -> float | None:
