@@ -542,18 +542,18 @@ class _Parser(argparse.ArgumentParser):
         if path is None:
             return parse(args, namespace)
         values = self._read_config(path)
-        own = {action.dest: action for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)}
+        own = self._own_flags()
         others = {name: value for name, value in values.items() if name not in own}
         if others and not self.takes_beam_flags:
             self._fail_unknown(path, next(iter(others)))
-        given = {name: self._value(path, own[name], value) for name, value in values.items() if name in own}
+        given = {own[name].dest: self._value(path, name, own[name], values[name]) for name in values if name in own}
         if others and (self._split_off("--runner", args)[0] or given.get("runner", "local")) == "local":
             self._check_beam_flags(path, others)
         with self._taken_as_given(given):
             namespace, rest = parse(args, namespace)
-        for name, value in given.items():
-            if not hasattr(namespace, name):
-                setattr(namespace, name, value)
+        for dest, value in given.items():
+            if not hasattr(namespace, dest):
+                setattr(namespace, dest, value)
         on_command_line = {arg.partition("=")[0] for arg in rest}
         beam_args = [arg for name, value in others.items() if f"--{name}" not in on_command_line
                      for arg in self._beam_args(path, name, value)]  # fmt: skip
@@ -601,14 +601,19 @@ class _Parser(argparse.ArgumentParser):
             )
             self.error(f"{path}: {name}: ${{{error.args[0]}}} is not set in the environment")
 
-    def _value(self, path: str, action: argparse.Action, value: Any) -> Any:
+    def _own_flags(self) -> dict[str, argparse.Action]:
+        """Actions by the names that they have in a file."""
+        actions = [action for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)]
+        return {(action.option_strings or [action.dest])[-1].lstrip("-"): action for action in actions}
+
+    def _value(self, path: str, name: str, action: argparse.Action, value: Any) -> Any:
         """What the flag would be, were it given on the command line with this value."""
         namespace = argparse.Namespace()
         try:
             for texts in _texts_of(action, value):
                 action(self, namespace, self._get_values(action, texts), None)
         except argparse.ArgumentError as error:
-            self.error(f"{path}: {action.dest}: {error.message}")
+            self.error(f"{path}: {name}: {error.message}")
         return getattr(namespace, action.dest, action.default)
 
     @contextlib.contextmanager
@@ -636,8 +641,7 @@ class _Parser(argparse.ArgumentParser):
                 action.default, action.required, action.nargs = values
 
     def _fail_unknown(self, path: str, name: str) -> NoReturn:
-        own = [action.dest for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)]
-        close = difflib.get_close_matches(name, own, 1)
+        close = difflib.get_close_matches(name, self._own_flags(), 1)
         self.error(f"{path}: {name}: no such flag" + (f"; did you mean {close[0]}?" if close else ""))
 
     def _check_beam_flags(self, path: str, values: Mapping[str, Any]) -> None:

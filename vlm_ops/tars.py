@@ -113,7 +113,7 @@ def iter_members(file: BinaryIO, max_bytes: int, total_bytes: int | None = None)
     num_members = 0
     archive_start: int | None = 0  # of several in one file; None behind damage, where sizes tell nothing
     zeros: int | None = None  # where the zero blocks begin that were read last
-    passed = b""  # the last member's data, among which the next header may be, if bytes were lost
+    passed: tuple[bytes, ...] = ()  # the last member's data, among which the next header may be, if bytes were lost
     while True:
         start = reader.offset
         block = reader.read(BLOCK)
@@ -134,7 +134,7 @@ def iter_members(file: BinaryIO, max_bytes: int, total_bytes: int | None = None)
             override = {}  # a long name is that of the next member alone, and that one is lost
             archive_start = None
             _go_to_header(passed, block, reader)
-            passed = b""
+            passed = ()
             continue
         if damage:
             yield Damage("damaged_shard", damage.offset, f"damaged between byte {damage.offset} and byte {start}")
@@ -171,7 +171,7 @@ def iter_members(file: BinaryIO, max_bytes: int, total_bytes: int | None = None)
         padding = reader.read(-size % BLOCK)
         if padding is None:
             break
-        passed = data + padding if data else b""
+        passed = (data, padding) if data else ()
     if zeros is None:
         message = f"ends at byte {reader.offset} without end-of-archive blocks"
         damage = damage or Damage("truncated_shard", reader.offset, message)
@@ -189,15 +189,16 @@ def _is_end(archive_start: int | None, zeros: int, end: int) -> bool:
     return any((end - archive_start) % record == 0 and end - zeros < 2 * BLOCK + record for record in _RECORDS)
 
 
-def _go_to_header(passed: bytes, block: bytes, reader: _Reader) -> None:
+def _go_to_header(passed: tuple[bytes, ...], block: bytes, reader: _Reader) -> None:
     """Goes on behind a lost block: at the first header that does not begin with a block, where bytes were lost
     or added, or else at the next block."""
-    window = passed + block + reader.read_up_to(BLOCK)
-    next_block = len(passed) + BLOCK
+    window = b"".join((*passed, block, reader.read_up_to(BLOCK)))
+    this_block = sum(map(len, passed))
+    next_block = this_block + BLOCK
     start = window.find(_MAGIC, _MAGIC_AT) - _MAGIC_AT
     while 0 <= start < next_block:
         candidate = window[start : start + BLOCK]
-        if start != len(passed) and len(candidate) == BLOCK and _parse(candidate):
+        if start != this_block and len(candidate) == BLOCK and _parse(candidate):
             reader.unread(window[start:])
             return
         start = window.find(_MAGIC, start + _MAGIC_AT + 1) - _MAGIC_AT

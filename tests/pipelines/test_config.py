@@ -104,6 +104,14 @@ def test_positional_arguments(config: Any) -> None:
     assert options.parse_search([*search, "a hen"]).catalog == "c"
 
 
+def test_a_flag_goes_by_its_own_name(config: Any) -> None:
+    parser = options._parser("x", "")
+    parser.add_argument("-n", "--no_index", dest="index", action="store_false")
+    assert parser.parse_args(config("no_index: true\n")).index is False
+    assert parser.parse_args(config("no_index: false\n")).index is True
+    assert parser.parse_args([*config("no_index: false\n"), "-n"]).index is False
+
+
 def test_train_and_score(config: Any, tmp_path: Path) -> None:
     text = "kind: captioner\ninput: i\nvalidation: [v, w]\noutput: o\nmodel: compact\nfinetune: [image]\n"
     found = options.parse_train(config(text))
