@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from vlm_ops.planning import Plan, leaving
 from vlm_ops.publishing import PublishConfig, new_run_id, read_manifest
 from vlm_ops.shards import ReadConfig
 from vlm_ops.states import CatalogState, Gone
+
+logger = logging.getLogger(__name__)
 
 EXIT_OK, EXIT_TOO_MANY_FAILURES = 0, 3
 
@@ -139,5 +142,8 @@ def _write_known_contents(run: Run, state: CatalogState, run_id: str) -> str | N
     if not run.plan.shards or not any(part.num_rows for part in parts):
         return None
     uri = run.catalog.run_file(run_id, RUN_CONTENTS)
+    logger.info(
+        "bytes that are known are copied: reading the hashes of %d images", sum(part.num_rows for part in parts)
+    )
     write_known_contents(uri, run.catalog.images, parts, run.read.storage_options, leaving(run.plan, run.prune))
     return uri

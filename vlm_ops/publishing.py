@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from vlm_ops.states import (
     existing_state,
     new_record,
 )
+
+logger = logging.getLogger(__name__)
 
 _NUM_EXAMPLES = 10
 _NUM_RUNS_ASKED = 20
@@ -148,6 +151,7 @@ def _publish(catalog: CatalogLayout, config: PublishConfig, summaries: Sequence[
     index = state.record.index if state.record else None
     encoder = config.recipe.encoder
     if set(contents.images) != set(state.images):
+        logger.info("publishing: index and tables of %d images", sum(part.num_rows for part in contents.images))
         made = build_index(catalog, config.run_id, contents.images, encoder, options) if encoder else None
         index = made.run_id if made else None
     changes = count_changes(catalog, state.images, contents.images, options)
