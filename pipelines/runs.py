@@ -95,15 +95,15 @@ def execute(run: Run, state: CatalogState) -> int:
         if known:
             storage.remove(known, options)
     manifest = read_manifest(run.catalog, run_id, options)
-    if manifest.status == "refused":
-        print(refusal(manifest, run.max_failure_rate), file=sys.stderr)
-        return EXIT_TOO_MANY_FAILURES
     write_run_report(run.catalog, manifest, options)
+    if manifest.status == "refused":
+        print(refusal(manifest, run.catalog, run.max_failure_rate), file=sys.stderr)
+        return EXIT_TOO_MANY_FAILURES
     print(summary(manifest, run.catalog, time.perf_counter() - started))
     return EXIT_OK
 
 
-def refusal(manifest: RunManifest, max_failure_rate: float | None) -> str:
+def refusal(manifest: RunManifest, catalog: CatalogLayout, max_failure_rate: float | None) -> str:
     """What a person is told when too many images failed."""
     return (
         f"beamsight: nothing was published: {manifest.failure_rate:.1%} failed "
@@ -111,7 +111,8 @@ def refusal(manifest: RunManifest, max_failure_rate: float | None) -> str:
         f"  reasons: {manifest.reasons}\n"
         + "".join(f"  {example}\n" for example in manifest.examples)
         + "  Mend the input, or allow more with --max_failure_rate, and run the same command again: what is good is kept, "
-        "what failed is tried again."
+        "what failed is tried again.\n"
+        f"  report: {catalog.run_file(manifest.run_id, RUN_REPORT)}"
     )
 
 

@@ -101,8 +101,11 @@ def write_run_report(catalog: CatalogLayout, manifest: RunManifest, storage_opti
         if len(rows) >= _REPORT_IMAGES:
             break
     facts = [
-        ("run", manifest.run_id),
+        ("run", f"{manifest.run_id}, {manifest.status}"),
         ("images", manifest.num_images),
+        ("added", manifest.num_added),
+        ("changed", manifest.num_changed),
+        ("removed", manifest.num_removed),
         ("failed images", manifest.num_failed_images),
         ("seconds", manifest.wall_sec),
         ("recipe", manifest.recipe.recipe_id),
@@ -110,7 +113,7 @@ def write_run_report(catalog: CatalogLayout, manifest: RunManifest, storage_opti
     table_rows: list[tuple[str, float]] = [(reason, count) for reason, count in sorted(manifest.num_failures.items())]
     table_rows += [(f"{stage} (thread-seconds)", seconds) for stage, seconds in manifest.stages]
     sections = [Section("Some of its images", [card(row, storage_options) for row in rows])]
-    page = render_gallery("Beamsight build", facts, sections, table_rows)
+    page = render_gallery(f"Beamsight {manifest.action}", facts, sections, table_rows)
     storage.write_bytes(catalog.run_file(manifest.run_id, RUN_REPORT), page.encode(), storage_options)
 
 
