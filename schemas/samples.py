@@ -22,7 +22,7 @@ FILES_PER_SHARD = 1000
 REASONS: dict[str, str] = {
     "empty_file": "zero bytes where an image should be",
     "not_an_image": "the bytes are not an image of a supported format (an HTML page, say)",
-    "corrupt_image": "an image that its decoder refuses",
+    "corrupt_image": "an image that its decoder refuses, or whose coded data is damaged",
     "truncated_image": "an image whose data ends early",
     "too_many_pixels": "more pixels than --max_image_pixels (or a decompression bomb)",
     "too_many_bytes": "more bytes than --max_image_bytes",
