@@ -60,10 +60,9 @@ def run(options: BuildOptions) -> int:
         print(f"nothing to do: the catalog {catalog.root} has all {num_kept} inputs (shards and single files)")
         return EXIT_OK
     logger.info("new: %s; changed: %s; kept: %s", plan.new, plan.changed, plan.kept)
-    if plan.gone and not options.prune:
-        logger.info(
-            "%d images of the catalog are not among these inputs, and stay (--prune removes them)", plan.num_gone
-        )
+    if plan.num_gone:
+        fate = "are removed" if options.prune else "stay (--prune removes them)"
+        logger.info("%d images of the catalog are not among these inputs, and %s", plan.num_gone, fate)
     return execute(
         Run(
             catalog=catalog,
@@ -133,7 +132,7 @@ def _check_recipe(
             f"{catalog.root} holds {plan.num_recomputed} images of recipe {old.recipe_id}, but these options make recipe "
             f"{recipe.recipe_id} ({why}); use the old options, leave out --no_recompute to compute the images anew, or name another catalog"
         )
-    if plan.gone and not options.prune:
+    if plan.num_gone and not options.prune:
         raise ValueError(
             f"these options make recipe {recipe.recipe_id} instead of {old.recipe_id} ({why}), so that all images of {catalog.root} "
             f"have to be computed anew, but {plan.num_gone} of them are not among the inputs; give their inputs too, "
