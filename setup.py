@@ -45,6 +45,7 @@ setup(
         "s3fs>=2024.6",
         "safetensors>=0.4",
         "simplejpeg>=1.8",
+        "tenacity>=8.2",
         "tokenizers>=0.20",
         "torch>=2.6",
         "torchvision>=0.21",

@@ -84,12 +84,13 @@ def entry_point() -> None:
 
 def _message(error: BaseException) -> str:
     """What went wrong. Beam wraps a worker's error into its traceback, whose last line says it."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    # Delta tells causes on lines of their own, in colours, each below an arrow.
+    text = re.sub(r"\s*\[while running [^\n]*\]\s*$", "", re.sub(r"\x1b\[[0-9;]*m", "", str(error)))
+    text = re.sub(r"\s*\n\s*↳\s*", ": ", text)
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    if not lines[0].startswith("Traceback"):
-        return lines[0]
-    return re.sub(r" \[while running .*\]$", "", lines[-1].removeprefix("RuntimeError: "))
+    return lines[-1].removeprefix("RuntimeError: ") if lines[0].startswith("Traceback") else lines[0]
 
 
 def _report(command: str, message: str, code: int) -> int:

@@ -1,20 +1,49 @@
-"""Files anywhere, through fsspec: one set of storage options for images, parts and indexes."""
+"""Files anywhere, through fsspec: one set of storage options for images, parts and indexes.
+
+What fails for a moment is tried again, with growing pauses, for about half a minute; then it is an
+error. s3fs, gcsfs and Delta do so themselves for most requests, once they are told to; `persistent`
+is for what is left: whole uploads and reads, and answers of Delta's that end in the middle.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
+import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
 StorageOptions = Mapping[str, Any]
 
+_S3, _GCS = ("s3", "s3a"), ("gs", "gcs")
+_TIMEOUT_SEC = 15  # without any byte
+_ATTEMPTS = 10  # of s3fs, with pauses of 0.1, 0.17, ... 7 seconds, 29 in all
+_PERSISTENCE_SEC = 30
+_DELTA_PATIENCE = {
+    "max_retries": "100", "retry_timeout": f"{_PERSISTENCE_SEC}s", "backoff_config.base": "4", "backoff_config.max_backoff": "5s",
+}  # fmt: skip
+_PASSING_STATUS = (408, 429, 500, 502, 503, 504)
+_PASSING_CODES = (
+    "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InternalError", "NoSuchUpload", "OperationAborted",
+    "RequestTimeout", "ServiceUnavailable", "SlowDown",
+)  # fmt: skip
+
+# Lost connections and time-outs, by name: their libraries need not be loaded.
+_PASSING_TYPES = {
+    "aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "botocore.ConnectionError", "botocore.HTTPClientError",
+    "botocore.ReadTimeoutError", "botocore.IncompleteReadError", "botocore.ResponseStreamingError",
+    "requests.ConnectionError", "requests.Timeout", "fsspec.FSTimeoutError", "gcsfs.ChecksumError",
+}  # fmt: skip
+_FRESH = {"use_listings_cache": False}  # other processes write too
+_HTTP_STATUS = re.compile(r"([45][0-9]{2}) ")
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _PRECONDITION_FAILED = 412
 
@@ -36,9 +65,68 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> fsspe
     scheme = scheme_of(uri)
     options = {} if scheme in ("file", "memory") else dict(storage_options or {})
     try:
+        if scheme in _S3:
+            return _s3_filesystem(options)
+        if scheme in _GCS:
+            return _gcs_filesystem(options)
         return fsspec.filesystem(scheme, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(f"cannot open {uri!r}: {error}") from error
+
+
+def _s3_filesystem(options: dict[str, Any]) -> fsspec.AbstractFileSystem:
+    import s3fs
+
+    # Attempts are counted in one place: botocore's own would multiply those of s3fs, and know less.
+    patience = {"connect_timeout": 10, "read_timeout": _TIMEOUT_SEC, "retries": {"total_max_attempts": 1}}
+    options["config_kwargs"] = {**patience, **(options.get("config_kwargs") or {})}
+    s3fs.core.set_custom_error_handler(may_pass)
+    fs = s3fs.S3FileSystem(**{**_FRESH, **options})
+    fs.retries = _ATTEMPTS
+    return fs
+
+
+def _gcs_filesystem(options: dict[str, Any]) -> fsspec.AbstractFileSystem:
+    import aiohttp
+    import gcsfs
+
+    # By default a request has five minutes in all, too little for large parts and too much for a dead
+    # server; and only a time-out of the socket is one that gcsfs tries again.
+    timeout = options.get("requests_timeout") or _TIMEOUT_SEC
+    if isinstance(timeout, (int, float)):
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=timeout)
+    # Asking an emulator for the kind of a bucket, by gRPC, would take a minute.
+    kind = gcsfs.core.GCSFileSystem if _gcs_endpoint(options) else gcsfs.GCSFileSystem
+    return kind(**{**_FRESH, **options, "requests_timeout": timeout})
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error of storage may be gone in a moment: an overloaded server, a time-out, a lost connection.
+
+    What is forbidden, missing or wrong stays so.
+    """
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):  # botocore
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status in _PASSING_STATUS or response.get("Error", {}).get("Code") in _PASSING_CODES
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    if getattr(error, "code", None) in (*_PASSING_STATUS, *map(str, _PASSING_STATUS)):  # gcsfs
+        return True
+    if isinstance(error, OSError) and error.errno is None and "↳" in str(error):  # Delta
+        status = _HTTP_STATUS.match(_reason(error))
+        return "HTTP error" in str(error) if status is None else int(status[1]) in _PASSING_STATUS
+    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    return not names.isdisjoint(_PASSING_TYPES)
+
+
+persistent = tenacity.retry(
+    retry=tenacity.retry_if_exception(may_pass),
+    wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
+    stop=tenacity.stop_after_delay(_PERSISTENCE_SEC),
+    reraise=True,
+)
+"""Decorates a function that may be called again where storage failed for a moment."""
 
 
 def normalise(uri: str) -> str:
@@ -68,6 +156,7 @@ def open_for_reading(uri: str, storage_options: StorageOptions | None = None) ->
     return fs.open(uri, "rb", block_size=8 << 20, cache_type="readahead")
 
 
+@persistent
 def read_bytes(uri: str, storage_options: StorageOptions | None = None) -> bytes:
     return filesystem(uri, storage_options).cat_file(uri)
 
@@ -86,10 +175,13 @@ def check_writable(uri: str, storage_options: StorageOptions | None = None) -> N
     """Finds out before any work whether a catalog, or a model directory, can be here.
 
     Raises:
-        ValueError: The scheme cannot hold a catalog, or the local path is no directory that can be written.
+        ValueError: The scheme cannot hold a catalog, the bucket is not there or forbidden, or the local
+            path is no directory that can be written.
+        OSError: The storage does not answer.
     """
     delta_options(uri, storage_options)
     if not is_local(uri):
+        _check_bucket(uri, storage_options)
         return
     path = normalise(uri)
     while not os.path.lexists(path):
@@ -98,6 +190,41 @@ def check_writable(uri: str, storage_options: StorageOptions | None = None) -> N
         raise ValueError(f"{uri!r} cannot be made: {path} is not a directory")
     if not os.access(path, os.W_OK | os.X_OK):
         raise ValueError(f"{uri!r} cannot be written: no permission, or a read-only filesystem, at {path}")
+
+
+def _check_bucket(uri: str, storage_options: StorageOptions | None) -> None:
+    fs = filesystem(uri, storage_options)
+    bucket = "/".join(uri.split("/")[:3])
+    for place in (uri, bucket):  # no catalog yet, or no bucket?
+        try:
+            fs.ls(place, detail=False)
+            return
+        except FileNotFoundError:
+            continue
+        except Exception as error:
+            if place == bucket and not may_pass(error):
+                return  # who may list a folder need not be allowed to list the bucket
+            raise unreachable(uri, error) from error
+    raise ValueError(f"{uri!r} cannot be made: there is no bucket {bucket}; make it, or name another")
+
+
+def unreachable(uri: str, error: Exception) -> Exception:
+    """What to raise where storage, or Delta on it, does not let one in: one line that says where, why,
+    and what to do."""
+    if may_pass(error):
+        return OSError(f"cannot reach {uri}: {_reason(error)}")
+    return ValueError(
+        f"{uri!r} cannot be reached: {_reason(error)}; check its name, and the credentials and the endpoint "
+        "in --storage_options or in the environment"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """Why storage failed, in one line. Delta tells a chain of causes, with arrows and in colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(getattr(error, "strerror", None) or error))
+    causes = [cause.strip() for cause in text.split("↳") if cause.strip()] or [type(error).__name__]
+    told = next((cause for cause in causes if _HTTP_STATUS.match(cause)), causes[-1])
+    return told.splitlines()[0].rstrip(".")
 
 
 @contextlib.contextmanager
@@ -148,14 +275,16 @@ def _link(path: str, target: str) -> None:
 
 def _upload(path: str, uri: str, storage_options: StorageOptions | None, only_if_absent: bool) -> None:
     fs = filesystem(uri, storage_options)
-    if not only_if_absent:
-        fs.put_file(path, uri)
-        return
+    # If-None-Match on S3, ifGenerationMatch on GCS.
+    mode = {"mode": "create"} if only_if_absent else {}
     try:
-        fs.put_file(path, uri, mode="create")  # If-None-Match on S3, ifGenerationMatch on GCS
+        persistent(fs.put_file)(path, uri, **mode)
     except Exception as error:
-        if not _says_that_it_is_there(error):
-            raise
+        if only_if_absent and _says_that_it_is_there(error):
+            return
+        # FileNotFoundError and PermissionError stay what they are.
+        kind = type(error) if type(error) in (FileNotFoundError, PermissionError) else OSError
+        raise kind(f"cannot write {uri}: {_reason(error)}") from error
 
 
 def _says_that_it_is_there(error: BaseException) -> bool:
@@ -202,33 +331,73 @@ def version_of(info: Mapping[str, Any]) -> str:
 
 
 def delta_options(uri: str, storage_options: StorageOptions | None) -> dict[str, str]:
-    """The same credentials in the words of Delta's object store (and its defaults, which also
-    read the usual environment variables).
+    """The same credentials, endpoint and time-out in the words of Delta's object store; what is not
+    given it finds by itself in the usual environment variables and files.
 
     Raises:
         ValueError: The scheme cannot hold a Delta table.
     """
     scheme = scheme_of(uri)
-    options = dict(storage_options or {})
     if scheme == "file":
         return {}
-    if scheme in ("s3", "s3a"):
-        client = dict(options.get("client_kwargs") or {})
-        endpoint = options.get("endpoint_url") or client.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL")
-        named = {
-            "AWS_ACCESS_KEY_ID": options.get("key"),
-            "AWS_SECRET_ACCESS_KEY": options.get("secret"),
-            "AWS_SESSION_TOKEN": options.get("token"),
-            "AWS_REGION": client.get("region_name")
-            or os.environ.get("AWS_REGION")
-            or os.environ.get("AWS_DEFAULT_REGION"),
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ALLOW_HTTP": "true" if str(endpoint or "").startswith("http://") else None,
-            # Commits by "create if absent", so that of two writers one wins.
-            "aws_conditional_put": "etag",
-        }
-        return {key: str(value) for key, value in named.items() if value}
-    if scheme in ("gs", "gcs"):
-        token = options.get("token")
-        return {"GOOGLE_SERVICE_ACCOUNT": token} if isinstance(token, str) and token.endswith(".json") else {}
+    options = {**fsspec.config.conf.get(scheme, {}), **(storage_options or {})}
+    if scheme in _S3:
+        return _DELTA_PATIENCE | _delta_options_of_s3(options)
+    if scheme in _GCS:
+        return _DELTA_PATIENCE | _delta_options_of_gcs(options)
     raise ValueError(f"a catalog cannot live on {scheme}://; use a local directory, s3:// or gs:// (got {uri!r})")
+
+
+def _delta_options_of_s3(options: Mapping[str, Any]) -> dict[str, str]:
+    client = dict(options.get("client_kwargs") or {})
+    environment = os.environ
+    endpoint = (
+        options.get("endpoint_url")
+        or client.get("endpoint_url")
+        or environment.get("AWS_ENDPOINT_URL_S3")
+        or environment.get("AWS_ENDPOINT_URL")
+    )
+    named = {
+        "AWS_ACCESS_KEY_ID": options.get("key"),
+        "AWS_SECRET_ACCESS_KEY": options.get("secret"),
+        "AWS_SESSION_TOKEN": options.get("token"),
+        "AWS_SKIP_SIGNATURE": "true" if options.get("anon") else None,
+        "AWS_REGION": client.get("region_name")
+        or environment.get("AWS_REGION")
+        or environment.get("AWS_DEFAULT_REGION"),
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true" if str(endpoint or "").startswith("http://") else None,
+        # Commits by "create if absent", so that of two writers one wins.
+        "aws_conditional_put": "etag",
+    }
+    timeout = _delta_timeout((options.get("config_kwargs") or {}).get("read_timeout"))
+    return {key: str(value) for key, value in named.items() if value} | timeout
+
+
+def _delta_options_of_gcs(options: Mapping[str, Any]) -> dict[str, str]:
+    """Another endpoint, or no account at all, Delta takes only from what looks like a service account's key."""
+    token, endpoint = options.get("token"), _gcs_endpoint(options)
+    timeout = _delta_timeout(options.get("requests_timeout"))
+    key_file = os.path.expanduser(token) if isinstance(token, str) and token.endswith(".json") else None
+    if not endpoint and key_file:
+        return {"GOOGLE_APPLICATION_CREDENTIALS": key_file, **timeout}
+    if not endpoint and token != "anon" and not isinstance(token, Mapping):
+        return timeout
+    if key_file:
+        with open(key_file, encoding="utf-8") as file:
+            token = json.load(file)
+    nobody = {"client_email": "", "private_key": "", "private_key_id": "", "disable_oauth": True}
+    key = {**(token if isinstance(token, Mapping) else nobody), **({"gcs_base_url": endpoint} if endpoint else {})}
+    return {"GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(key), **timeout}
+
+
+def _delta_timeout(seconds: object) -> dict[str, str]:
+    return {"timeout": f"{round(1000 * seconds)}ms"} if isinstance(seconds, (int, float)) else {}
+
+
+def _gcs_endpoint(options: Mapping[str, Any]) -> str | None:
+    """Where Google Cloud Storage is, if elsewhere (an emulator): as gcsfs finds it."""
+    endpoint = options.get("endpoint_url") or os.environ.get("STORAGE_EMULATOR_HOST") or "default"
+    if endpoint == "default":
+        return None
+    return str(endpoint if "://" in endpoint else f"http://{endpoint}").rstrip("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 import uuid
@@ -10,7 +11,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import aiohttp
+import botocore.exceptions
 import fsspec
+import gcsfs.retry
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -262,13 +266,23 @@ def test_versions_of_files_change_with_them(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def no_aws(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """One that says nothing of storage."""
+    names = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "STORAGE_EMULATOR_HOST")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(fsspec.config, "conf", {})
     return monkeypatch
 
 
-def test_delta_gets_the_credentials_of_s3(no_aws: pytest.MonkeyPatch) -> None:
+def told(uri: str, options: dict | None) -> dict[str, str]:
+    """What Delta is told, besides how patient to be."""
+    everything = storage.delta_options(uri, options)
+    assert everything["retry_timeout"] == "30s"
+    return {name: value for name, value in everything.items() if name not in storage._DELTA_PATIENCE}
+
+
+def test_delta_gets_the_credentials_of_s3(environment: pytest.MonkeyPatch) -> None:
     options = {"key": "k", "secret": "s", "token": "t", "client_kwargs": {"region_name": "eu-west-1"}}
     expected = {
         "AWS_ACCESS_KEY_ID": "k",
@@ -277,30 +291,103 @@ def test_delta_gets_the_credentials_of_s3(no_aws: pytest.MonkeyPatch) -> None:
         "AWS_REGION": "eu-west-1",
         "aws_conditional_put": "etag",
     }
-    assert storage.delta_options("s3://bucket/c", options) == expected
-    assert storage.delta_options("s3a://bucket/c", options) == expected
-    assert storage.delta_options("s3://bucket/c", None) == {"aws_conditional_put": "etag"}
+    assert told("s3://bucket/c", options) == told("s3a://bucket/c", options) == expected
+    assert told("s3://bucket/c", None) == {"aws_conditional_put": "etag"}
+    assert told("s3://bucket/c", {"anon": True})["AWS_SKIP_SIGNATURE"] == "true"
+    environment.setattr(fsspec.config, "conf", {"s3": {"key": "configured"}})
+    assert told("s3://bucket/c", None)["AWS_ACCESS_KEY_ID"] == "configured"
+    assert told("s3://bucket/c", {"key": "given"})["AWS_ACCESS_KEY_ID"] == "given"
 
 
 @pytest.mark.parametrize(
-    "options", [{"endpoint_url": "http://h:9000"}, {"client_kwargs": {"endpoint_url": "http://h:9000"}}, {}]
+    ("options", "variable"),
+    [
+        ({"endpoint_url": "http://h:9000"}, None),
+        ({"client_kwargs": {"endpoint_url": "http://h:9000"}}, None),
+        ({}, "AWS_ENDPOINT_URL"),
+        ({}, "AWS_ENDPOINT_URL_S3"),
+    ],
 )
-def test_delta_gets_the_endpoint_of_s3(no_aws: pytest.MonkeyPatch, options: dict) -> None:
-    if not options:
-        no_aws.setenv("AWS_ENDPOINT_URL", "http://h:9000")
-        no_aws.setenv("AWS_DEFAULT_REGION", "here")
-    told = storage.delta_options("s3://bucket/c", options)
-    assert (told["AWS_ENDPOINT_URL"], told["AWS_ALLOW_HTTP"]) == ("http://h:9000", "true")
-    assert told.get("AWS_REGION") == (None if options else "here")
-    assert "AWS_ALLOW_HTTP" not in storage.delta_options("s3://b/c", {"endpoint_url": "https://h"})
+def test_delta_gets_the_endpoint_of_s3(environment: pytest.MonkeyPatch, options: dict, variable: str | None) -> None:
+    if variable:
+        environment.setenv(variable, "http://h:9000")
+        environment.setenv("AWS_DEFAULT_REGION", "here")
+    found = told("s3://bucket/c", options)
+    assert (found["AWS_ENDPOINT_URL"], found["AWS_ALLOW_HTTP"]) == ("http://h:9000", "true")
+    assert found.get("AWS_REGION") == ("here" if variable else None)
+    assert "AWS_ALLOW_HTTP" not in told("s3://b/c", {"endpoint_url": "https://h"})
 
 
-def test_delta_elsewhere(no_aws: pytest.MonkeyPatch) -> None:
+def test_delta_gets_the_account_of_gcs(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    account = {"client_email": "a@b", "private_key": "p", "private_key_id": "i"}
+    file = tmp_path / "key.json"
+    file.write_text(json.dumps(account))
+    assert told("gs://b/c", {"token": str(file)}) == {"GOOGLE_APPLICATION_CREDENTIALS": str(file)}
+    assert json.loads(told("gs://b/c", {"token": account})["GOOGLE_SERVICE_ACCOUNT_KEY"]) == account
+    assert told("gcs://b/c", {"token": "google_default"}) == told("gcs://b/c", {}) == {}
+    nobody = {"client_email": "", "private_key": "", "private_key_id": "", "disable_oauth": True}
+    assert json.loads(told("gs://b/c", {"token": "anon"})["GOOGLE_SERVICE_ACCOUNT_KEY"]) == nobody
+    elsewhere = told("gs://b/c", {"token": str(file), "endpoint_url": "https://h/"})
+    assert json.loads(elsewhere["GOOGLE_SERVICE_ACCOUNT_KEY"]) == {**account, "gcs_base_url": "https://h"}
+
+
+@pytest.mark.parametrize("host", ["http://h:4443", "h:4443"])
+def test_delta_goes_to_the_emulator_that_gcsfs_goes_to(environment: pytest.MonkeyPatch, host: str) -> None:
+    environment.setenv("STORAGE_EMULATOR_HOST", host)
+    key = json.loads(told("gs://b/c", {})["GOOGLE_SERVICE_ACCOUNT_KEY"])
+    assert (key["gcs_base_url"], key["disable_oauth"]) == ("http://h:4443", True)
+    assert storage.filesystem("gs://b", {"token": "anon"})._location == "http://h:4443"
+
+
+def test_delta_waits_as_long_as_the_data(environment: pytest.MonkeyPatch) -> None:
+    assert told("s3://b/c", {"config_kwargs": {"read_timeout": 7}})["timeout"] == "7000ms"
+    assert told("gs://b/c", {"requests_timeout": 0.5})["timeout"] == "500ms"
+    assert "timeout" not in told("s3://b/c", {}) and "timeout" not in told("gs://b/c", {})
+
+
+def test_delta_elsewhere() -> None:
     assert storage.delta_options("/catalog", {"key": "k"}) == {}
-    assert storage.delta_options("gs://bucket/c", {"token": "/keys/a.json"}) == {
-        "GOOGLE_SERVICE_ACCOUNT": "/keys/a.json"
-    }
-    assert storage.delta_options("gcs://bucket/c", {"token": "google_default"}) == {}
     message = r"a catalog cannot live on memory://; use a local directory, s3:// or gs:// \(got 'memory://c'\)"
     with pytest.raises(ValueError, match=message):
         storage.delta_options("memory://c", {})
+
+
+# --- what is told to s3fs and gcsfs --------------------------------------------------------------
+
+
+def test_what_is_given_wins_over_what_is_usual(environment: pytest.MonkeyPatch) -> None:
+    usual = storage.filesystem("s3://b", {"key": "k", "secret": "s"})
+    assert usual.config_kwargs["read_timeout"] == 15 and usual.config_kwargs["retries"] == {"total_max_attempts": 1}
+    given = storage.filesystem("s3://b", {"key": "k", "secret": "s", "config_kwargs": {"read_timeout": 99}})
+    assert given.config_kwargs["read_timeout"] == 99 and given.config_kwargs["connect_timeout"] == 10
+    timeout = storage.filesystem("gs://b", {"token": "anon"}).requests_timeout
+    assert (timeout.total, timeout.sock_connect, timeout.sock_read) == (None, 10, 15)
+    assert storage.filesystem("gs://b", {"token": "anon", "requests_timeout": 99}).requests_timeout.sock_read == 99
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (TimeoutError(), True),
+        (ConnectionResetError(), True),
+        (aiohttp.ClientPayloadError("cut"), True),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="http://h"), True),
+        (botocore.exceptions.ClientError({"Error": {"Code": "SlowDown"}}, "PutObject"), True),
+        (botocore.exceptions.ClientError({"Error": {}, "ResponseMetadata": {"HTTPStatusCode": 502}}, "Get"), True),
+        (botocore.exceptions.ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject"), True),
+        (botocore.exceptions.ClientError({"Error": {"Code": "AccessDenied"}}, "PutObject"), False),
+        (botocore.exceptions.NoCredentialsError(), False),
+        (gcsfs.retry.HttpError({"code": 503}), True),
+        (gcsfs.retry.HttpError({"code": 401}), False),
+        (OSError("Generic S3 error\n \x1b[31m↳\x1b[0m HTTP error\n \x1b[31m↳\x1b[0m error reading a body"), True),
+        (OSError("Generic S3 error\n \x1b[31m↳\x1b[0m Server returned\n \x1b[31m↳\x1b[0m 500 Internal"), True),
+        (OSError("Generic S3 error\n \x1b[31m↳\x1b[0m Server returned\n \x1b[31m↳\x1b[0m 403 Forbidden"), False),
+        (FileNotFoundError("gone"), False),
+        (PermissionError("Forbidden"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ValueError("wrong"), False),
+    ],
+    ids=str,
+)
+def test_what_may_pass(error: Exception, expected: bool) -> None:
+    assert storage.may_pass(error) == expected
