@@ -58,9 +58,22 @@ class LivePart:
 
 
 def open_table(uri: str, storage_options: storage.StorageOptions, version: int | None = None) -> DeltaTable | None:
-    """The table, or None where there is none yet."""
+    """The table, or None where there is none yet.
+
+    Raises:
+        ValueError: Its bucket is not there, or forbidden.
+        OSError: Its storage does not answer.
+    """
     try:
-        return DeltaTable(uri, version=version, storage_options=storage.delta_options(uri, storage_options))
+        return _open(uri, storage_options, version)
+    except OSError as error:
+        raise storage.unreachable(uri, error) from error
+
+
+def _open(uri: str, storage_options: storage.StorageOptions, version: int | None = None) -> DeltaTable | None:
+    options = storage.delta_options(uri, storage_options)
+    try:
+        return storage.persistent(DeltaTable)(uri, version=version, storage_options=options)
     except TableNotFoundError:
         return None
 
@@ -108,39 +121,63 @@ def set_live(
 
     Raises:
         CommitConflictError: Another run changed the table meanwhile.
+        OSError: Its storage does not answer.
     """
     try:
-        table = open_table(uri, storage_options)
-        if table is None:
-            assert schema is not None
-            table = _create(uri, schema, storage_options)
-        sequence = sequence_of(table)
-        if expected is not None and sequence != expected:
-            raise CommitFailedError(f"{sequence} commits instead of {expected}")
-        if schema is not None:
-            _add_missing_columns(table, schema)
-        live = live_parts(table)
-        names, live_names = {part.name for part in parts}, {part.name for part in live}
-        added = [part for part in parts if part.name not in live_names]
-        removed = [part for part in live if part.name not in names]
-        if not added and not removed and metadata is None:
-            return table.version()
-        now = int(time.time() * 1000)
-        actions: list[AddAction | RemoveAction] = [
-            AddAction(part.name, part.num_bytes, {}, now, True, json.dumps({"numRecords": part.num_rows}))
-            for part in added
-        ]
-        actions += [RemoveAction(part.name, True, now, part.num_bytes, {}) for part in removed]
-        # Delta lets two appends pass; two commits of the same number of one application it does not.
-        transactions = [Transaction(_APPLICATION, sequence + 1), Transaction(run_id, 1)]
-        properties = CommitProperties(
-            custom_metadata={"run_id": run_id, **(metadata or {})}, app_transactions=transactions
-        )
-        table.create_write_transaction(actions, "append", table.schema(), commit_properties=properties)
+        return storage.persistent(_set_live)(uri, schema, parts, run_id, storage_options, metadata, expected)
     except CommitFailedError as error:
         raise conflict(uri, str(error).splitlines()[0]) from error
-    table.update_incremental()
-    return next(each["version"] for each in table.history() if each.get("run_id") == run_id)
+    except OSError as error:
+        raise storage.unreachable(uri, error) from error
+
+
+def _set_live(
+    uri: str,
+    schema: pa.Schema | None,
+    parts: Sequence[LivePart],
+    run_id: str,
+    storage_options: storage.StorageOptions,
+    metadata: Mapping[str, str] | None,
+    expected: int | None,
+) -> int:
+    """Doing it twice does nothing more: the answer to a commit may be lost, and then it is tried again."""
+    table = _open(uri, storage_options)
+    if table is None:
+        assert schema is not None
+        table = _create(uri, schema, storage_options)
+    live = live_parts(table)
+    names, live_names = {part.name for part in parts}, {part.name for part in live}
+    if names == live_names and has_committed(table, run_id):
+        return _version_of(table, run_id)
+    sequence = sequence_of(table)
+    if expected is not None and sequence != expected:
+        raise CommitFailedError(f"{sequence} commits instead of {expected}")
+    if schema is not None:
+        _add_missing_columns(table, schema)
+    added = [part for part in parts if part.name not in live_names]
+    removed = [part for part in live if part.name not in names]
+    if not added and not removed and metadata is None:
+        return table.version()
+    now = int(time.time() * 1000)
+    actions: list[AddAction | RemoveAction] = [
+        AddAction(part.name, part.num_bytes, {}, now, True, json.dumps({"numRecords": part.num_rows})) for part in added
+    ]
+    actions += [RemoveAction(part.name, True, now, part.num_bytes, {}) for part in removed]
+    # Delta lets two appends pass; two commits of the same number of one application it does not.
+    transactions = [Transaction(_APPLICATION, sequence + 1), Transaction(run_id, 1)]
+    properties = CommitProperties(custom_metadata={"run_id": run_id, **(metadata or {})}, app_transactions=transactions)
+    try:
+        table.create_write_transaction(actions, "append", table.schema(), commit_properties=properties)
+    except CommitFailedError:
+        table.update_incremental()
+        if not has_committed(table, run_id):  # else it is this very commit that it met
+            raise
+    return _version_of(table, run_id)
+
+
+def _version_of(table: DeltaTable, run_id: str) -> int:
+    storage.persistent(table.update_incremental)()
+    return next(each["version"] for each in storage.persistent(table.history)() if each.get("run_id") == run_id)
 
 
 def conflict(uri: str, detail: str) -> CommitConflictError:

@@ -261,8 +261,8 @@ def read_parquet(shard: ShardRef, config: ReadConfig) -> Iterator[Sample | Failu
 
 
 def raise_storage_errors(error: Exception) -> None:
-    """Arrow complains about bad content with an OSError too, but one without an errno."""
-    if isinstance(error, OSError) and error.errno is not None:
+    """Arrow complains about bad content with an OSError too: a plain one, without an errno."""
+    if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
         raise error
 
 

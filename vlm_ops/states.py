@@ -91,7 +91,7 @@ def newest_commit(catalog: CatalogLayout, storage_options: storage.StorageOption
     if table is None:
         return None
     for limit in (_NEWEST, None):  # entries without a record are changes of the schema
-        if found := _records(table.history(limit)):
+        if found := _records(storage.persistent(table.history)(limit)):
             return found[0]
     return None
 
@@ -105,7 +105,7 @@ def commits(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> 
     table = open_table(catalog.images, storage_options)
     if table is None:
         raise no_catalog(catalog)
-    return _records(table.history())
+    return _records(storage.persistent(table.history)())
 
 
 def current_state(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> CatalogState:
