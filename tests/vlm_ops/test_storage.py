@@ -19,7 +19,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.servers import Store, moto_store
+from tests.servers import Store, gcs_store, minio_store, moto_store
 from vlm_ops import storage
 
 
@@ -164,11 +164,26 @@ def s3() -> Iterator[Store]:
         yield store
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(scope="module")
+def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    with minio_store("first", tmp_path_factory.mktemp("minio")) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    with gcs_store("first", tmp_path_factory.mktemp("gcs")) as store:
+        yield store
+
+
+SERVERS = ["s3", pytest.param("minio", marks=pytest.mark.minio), pytest.param("gcs", marks=pytest.mark.gcs)]
+
+
+@pytest.fixture(params=["local", "memory", *SERVERS])
 def shared_place(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> Store:
     """A place that several processes may write to."""
-    if request.param == "s3":
-        return request.getfixturevalue("s3")
+    if request.param in ("s3", "minio", "gcs"):
+        return request.getfixturevalue(request.param)
     return Store(str(tmp_path / "out") if request.param == "local" else f"{memory}/out", {})
 
 
@@ -188,7 +203,7 @@ def test_the_first_one_stays(shared_place: Store) -> None:
     assert not os.path.exists(late) and not os.path.exists(first) and not leftovers()
 
 
-@pytest.mark.parametrize("shared_place", ["local", "s3"], indirect=True)
+@pytest.mark.parametrize("shared_place", ["local", *SERVERS], indirect=True)
 def test_of_many_at_once_one_stays_whole(shared_place: Store) -> None:
     uri, options = f"{shared_place.uri}/{uuid.uuid4()}", shared_place.options
     together = threading.Barrier(6)
@@ -391,3 +406,12 @@ def test_what_is_given_wins_over_what_is_usual(environment: pytest.MonkeyPatch) 
 )
 def test_what_may_pass(error: Exception, expected: bool) -> None:
     assert storage.may_pass(error) == expected
+
+
+def test_an_upload_that_is_gone_is_made_again() -> None:
+    """S3 forgets an upload in parts once it is complete; where that answer is lost, the next says it was never there."""
+    gone = FileNotFoundError("The specified upload does not exist.")
+    gone.__cause__ = botocore.exceptions.ClientError({"Error": {"Code": "NoSuchUpload"}}, "CompleteMultipartUpload")
+    assert storage.may_pass(gone)
+    gone.__cause__ = botocore.exceptions.ClientError({"Error": {"Code": "NoSuchBucket"}}, "CompleteMultipartUpload")
+    assert not storage.may_pass(gone)
