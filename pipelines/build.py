@@ -23,7 +23,7 @@ from vlm_ops.inputs import Listing, list_inputs
 from vlm_ops.models import resolve_device
 from vlm_ops.ops import default_ops, plan_ops
 from vlm_ops.planning import Plan, PlanConfig, plan_inputs, with_changed_bytes, with_refused_parts
-from vlm_ops.publishing import last_refusal, seconds_per_byte
+from vlm_ops.run_manifests import refused_runs, seconds_per_byte
 from vlm_ops.states import CatalogState, current_state
 
 logger = logging.getLogger(__name__)
@@ -44,18 +44,18 @@ def run(options: BuildOptions) -> int:
     storage.check_writable(catalog.root, options.storage_options)
     recipe = recipe_of(options, plan_ops(options.ops or default_ops(options.model), options.model))
     listing = list_inputs(input_config(options, options.input))
+    _check_inputs(listing, catalog, options)
     state = current_state(catalog, options.storage_options)
     config = PlanConfig(catalog, recipe, read_config(options), options.files_per_shard, options.num_workers)
     plan = plan_inputs(config, state, listing)
     _check_recipe(recipe, state, plan, catalog, options)
     if options.verify_content:
         plan = _with_changed_bytes(config, state, listing, plan)
-    since = state.record.run_id if state.record else ""
-    plan = with_refused_parts(config, plan, last_refusal(catalog, since, options.storage_options))
+    plan = with_refused_parts(config, plan, refused_runs(catalog, options.storage_options))
     if options.dry_run:
         print(describe(plan, config, state, options))
         return EXIT_OK
-    if not plan.shards and not (options.prune and plan.gone):
+    if not plan.shards and not plan.leaving(options.prune):
         num_kept = plan.kept.shards + plan.kept.files
         print(f"nothing to do: the catalog {catalog.root} has all {num_kept} inputs (shards and single files)")
         return EXIT_OK
@@ -116,6 +116,21 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _check_inputs(listing: Listing, catalog: CatalogLayout, options: BuildOptions) -> None:
+    """A catalog is no input of itself, and a disk that is not mounted is no reason to forget what was on it."""
+    own = tuple(f"{folder}/" for folder in (catalog.images, catalog.failures, catalog.indexes, catalog.runs))
+    files = (file.uri for files in listing.files.values() for file in files)
+    if inside := next((uri for uri in (*(shard.uri for shard in listing.shards), *files) if uri.startswith(own)), None):
+        raise ValueError(
+            f"the input {inside} lies inside the catalog {catalog.root}; name another catalog, apart from the inputs"
+        )
+    if options.prune and listing.empty_patterns:
+        raise ValueError(
+            f"--prune would remove all that the catalog has of {', '.join(listing.empty_patterns)}, where no input is (any more); "
+            "if that is meant, leave it out of --input"
+        )
 
 
 def _check_recipe(

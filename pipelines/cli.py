@@ -23,6 +23,8 @@ COMMANDS = {
     "inspect": "say what is in a catalog",
 }
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+_INTERRUPTED = "interrupted; run the same command again, and it goes on where it stopped"
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,16 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(command: str, argv: Sequence[str]) -> int:
     """Runs one command, and turns what it raises into a message and an exit code."""
-    _set_up_logging()
     try:
+        _set_up_logging()
         # Options first: they are light, and `--help` and wrong flags end the program here.
         from pipelines import options
 
         parsed = getattr(options, f"parse_{command}")(argv)
         return importlib.import_module(f"pipelines.{command}").run(parsed)
     except KeyboardInterrupt:
-        message = "interrupted; run the same command again, and it goes on where it stopped"
-        return _report(command, message, EXIT_INTERRUPTED)
+        return _report(command, _INTERRUPTED, EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output (`| head`) has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -68,6 +69,8 @@ def run_command(command: str, argv: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get("BEAMSIGHT_DEBUG"):
             raise
+        if _message(error).startswith("KeyboardInterrupt"):  # that a worker's thread has met
+            return _report(command, _INTERRUPTED, EXIT_INTERRUPTED)
         message = f"failed: {_message(error)}\n  What was finished is kept: run the same command again."
         return _report(command, f"{message} BEAMSIGHT_DEBUG=1 shows the traceback.", EXIT_FAILED)
 
@@ -102,6 +105,8 @@ def _report(command: str, message: str, code: int) -> int:
 
 def _set_up_logging() -> None:
     level = os.environ.get("BEAMSIGHT_LOG", "INFO").upper()
+    if level not in _LOG_LEVELS:
+        raise ValueError(f"BEAMSIGHT_LOG={level!r}: must be one of {', '.join(_LOG_LEVELS)}")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stderr)
     for package in ("pipelines", "vlm_ops", "schemas"):
         logging.getLogger(package).setLevel(level)

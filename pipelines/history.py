@@ -11,7 +11,7 @@ from schemas.catalog import CatalogLayout
 from schemas.manifests import RunManifest
 from vlm_ops import storage
 from vlm_ops.cleaning import has_all_files, stored_files
-from vlm_ops.publishing import refused_runs
+from vlm_ops.run_manifests import refused_runs
 from vlm_ops.states import Commit, commits, state_of
 
 _COLUMNS = (
@@ -55,7 +55,7 @@ def describe(catalog: CatalogLayout, last: int, storage_options: storage.Storage
         _of_commit(each, has_all_files(state_of(catalog, each, storage_options), files))
         for each in commits(catalog, storage_options)[:last]
     ]
-    rows += [_of_refusal(each) for each in refused_runs(catalog, last, storage_options)]
+    rows += [_of_refusal(each) for each in refused_runs(catalog, storage_options, last)]
     return sorted(rows, key=lambda row: row["run"], reverse=True)[:last]
 
 

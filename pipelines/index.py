@@ -12,7 +12,7 @@ from pipelines.transforms import PublishIndex
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.faiss_index import read_index_manifest
-from vlm_ops.publishing import new_run_id
+from vlm_ops.run_manifests import new_run_id
 from vlm_ops.states import existing_state
 
 

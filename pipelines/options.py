@@ -475,7 +475,7 @@ def parse_clean(argv: Sequence[str]) -> CleanOptions:
     parser = _parser("clean", "Deletes what no kept state of a catalog needs.")
     _add_catalog(parser)
     parser.add_argument("--older_than", type=_duration, default=timedelta(days=14), metavar="AGE",
-        help="keep every state that readers have seen since, and files written since: 14d, 36h, 0d (default: 14d)")  # fmt: skip
+        help="keep every state that readers have seen since, and files written since: 14d, 36h, 90m (default: 14d); not while a run is at work, whose files may be older")  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="say what would be deleted, and delete nothing")
     _add_storage(parser)
     return CleanOptions(**vars(parser.parse_args(argv)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from pipelines.options import RetryOptions
@@ -11,9 +12,11 @@ from vlm_ops import storage
 from vlm_ops.models import resolve_device
 from vlm_ops.ops import check_installed
 from vlm_ops.planning import PlanConfig, plan_retry
-from vlm_ops.publishing import last_refusal
+from vlm_ops.run_manifests import refused_runs
 from vlm_ops.shards import ReadConfig
-from vlm_ops.states import current_state, no_catalog
+from vlm_ops.states import existing_state
+
+logger = logging.getLogger(__name__)
 
 
 def run(options: RetryOptions) -> int:
@@ -25,23 +28,21 @@ def run(options: RetryOptions) -> int:
     """
     resolve_device(options.device)
     catalog = CatalogLayout(storage.normalise(options.catalog))
-    state = current_state(catalog, options.storage_options)
-    refused = last_refusal(catalog, state.record.run_id if state.record else "", options.storage_options)
-    if refused:
-        raise ValueError(
-            f"the last run of {catalog.root}, {refused.run_id}, published nothing: {refused.failure_rate:.1%} failed; "
-            "run its build command again, which tries the failed images again and keeps the good ones "
-            f"(inputs: {' '.join(refused.inputs)})"
-        )
-    if state.record is None:
-        raise no_catalog(catalog)
+    state = existing_state(catalog, options.storage_options)
+    assert state.record is not None
     recipe = state.record.recipe
     check_installed(recipe.ops)
     read = ReadConfig(recipe.max_image_bytes, recipe.image_column, recipe.caption_field, options.storage_options)
     config = PlanConfig(catalog, recipe, read, options.files_per_shard, options.num_workers)
     plan = plan_retry(config, state, options.allowed_schemes)
+    refused = [run for run in refused_runs(catalog, options.storage_options, 1) if run.run_id > state.record.run_id]
+    if refused:
+        logger.warning(
+            "the last run, %s, published nothing; what it did is not in the catalog, and its build command, run again, goes on from it",
+            refused[0].run_id,
+        )
     if not plan.shards:
-        print(f"nothing to retry: no image of the catalog {catalog.root} has failed")
+        print(f"nothing to retry in the catalog {catalog.root}")
         return EXIT_OK
     return execute(
         Run(
@@ -52,7 +53,7 @@ def run(options: RetryOptions) -> int:
             read=read,
             inputs=(),
             prune=False,
-            max_failure_rate=None,  # these have failed already: nothing can get worse
+            max_failure_rate=None,  # these have failed already, and a retry takes no image away
             device=options.device,
             batch_size=options.batch_size,
             runner=options.runner,

@@ -8,10 +8,10 @@ from pipelines.options import RollbackOptions
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.cleaning import has_all_files, stored_files
-from vlm_ops.publishing import new_run_id
+from vlm_ops.run_manifests import new_run_id
 from vlm_ops.states import (
-    Contents,
-    commit_contents,
+    StateParts,
+    commit_parts,
     commits,
     count_changes,
     existing_state,
@@ -36,7 +36,7 @@ def run(options: RollbackOptions) -> int:
     if wanted is None:
         known = ", ".join(each.record.run_id for each in history[:5])
         raise ValueError(
-            f"{catalog.root} has no run {options.run_id!r} that changed it; the newest are {known} (`beamsight history` lists all)"
+            f"{catalog.root} has no run {options.run_id!r} that changed it; the newest are {known} (`beamsight history --last 1000` lists more)"
         )
     if wanted.version == state.commit.version:
         print(f"nothing to do: {catalog.root} is as run {options.run_id} left it")
@@ -47,11 +47,11 @@ def run(options: RollbackOptions) -> int:
             f"the catalog {catalog.root} cannot go back to run {options.run_id}: `beamsight clean` has deleted some of its files; "
             "`beamsight history` shows the runs that it can go back to"
         )
-    contents = Contents(target.images, target.failures)
+    parts = StateParts(target.images, target.failures)
     changes = count_changes(catalog, state.images, target.images, options.storage_options)
     told = wanted.record
-    record = new_record(new_run_id(), "rollback", told.recipe, told.index, contents, changes, options.run_id)
-    commit_contents(catalog, state, contents, record, options.storage_options)
+    record = new_record(new_run_id(), "rollback", told.recipe, told.index, parts, changes, options.run_id)
+    commit_parts(catalog, state, parts, record, options.storage_options)
     print(
         f"catalog    {catalog.root} is as run {options.run_id} left it: {record.num_images} images, index {told.index or 'none'}\n"
         f"changes    {changes.num_added} added, {changes.num_changed} changed, {changes.num_removed} removed\n"

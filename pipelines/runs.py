@@ -20,10 +20,11 @@ from vlm_ops import storage
 from vlm_ops.contents import write_known_contents
 from vlm_ops.enrich import EnrichConfig
 from vlm_ops.pages import write_run_report
-from vlm_ops.planning import Plan, leaving
-from vlm_ops.publishing import PublishConfig, new_run_id, read_manifest
+from vlm_ops.planning import Plan, rows_leaving
+from vlm_ops.publishing import PublishConfig
+from vlm_ops.run_manifests import new_run_id, read_manifest
 from vlm_ops.shards import ReadConfig
-from vlm_ops.states import CatalogState, Gone
+from vlm_ops.states import CatalogState
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def execute(run: Run, state: CatalogState) -> int:
         action=run.action,
         started_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         inputs=run.inputs,
-        gone=run.plan.gone if run.prune else Gone(),
+        gone=run.plan.leaving(run.prune),
         sequence=state.sequence,
         max_failure_rate=run.max_failure_rate,
         storage_options=options,
@@ -105,9 +106,10 @@ def execute(run: Run, state: CatalogState) -> int:
 
 def refusal(manifest: RunManifest, catalog: CatalogLayout, max_failure_rate: float | None) -> str:
     """What a person is told when too many images failed."""
+    lost = f", {manifest.num_lost_images} lost with damaged shards" if manifest.num_lost_images else ""
     return (
         f"beamsight: nothing was published: {manifest.failure_rate:.1%} failed "
-        f"({manifest.num_failed_images} failed, {manifest.num_images} good), more than --max_failure_rate {max_failure_rate:g}\n"
+        f"({manifest.num_failed_images} failed{lost}, {manifest.num_images} good), more than --max_failure_rate {max_failure_rate:g}\n"
         f"  reasons: {manifest.reasons}\n"
         + "".join(f"  {example}\n" for example in manifest.examples)
         + "  Mend the input, or allow more with --max_failure_rate, and run the same command again: what is good is kept, "
@@ -146,5 +148,5 @@ def _write_known_contents(run: Run, state: CatalogState, run_id: str) -> str | N
     logger.info(
         "bytes that are known are copied: reading the hashes of %d images", sum(part.num_rows for part in parts)
     )
-    write_known_contents(uri, run.catalog.images, parts, run.read.storage_options, leaving(run.plan, run.prune))
+    write_known_contents(uri, run.catalog.images, parts, run.read.storage_options, rows_leaving(run.plan, run.prune))
     return uri

@@ -55,6 +55,26 @@ def part_name(shard_id: str, recipe_id: str, revision: str = "") -> str:
     return f"part-{shard_id}-{recipe_id}{'-' if revision else ''}{revision}.parquet"
 
 
+_INDEX_FILES = (INDEX_MANIFEST, INDEX_FILE, INDEX_ROWS)
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
+
+
+def is_data_file(path: str) -> bool:
+    """Whether a path below the root is a part, a file of an index, or what a killed run left: what may be deleted
+    when no state needs it. Logs and reports are not, nor is what somebody else put there."""
+    folder, _, rest = path.partition("/")
+    name = rest.rpartition("/")[2]
+    if unfinished := _UNFINISHED.fullmatch(name):
+        name = unfinished["name"]
+    elif folder == "runs":
+        return rest.count("/") == 1 and name == RUN_CONTENTS
+    if folder in ("images", "failures"):
+        return "/" not in rest and parse_part_name(name) is not None
+    if folder == "indexes":
+        return rest.count("/") == 1 and name in _INDEX_FILES
+    return folder == "runs" and rest.count("/") == 1 and unfinished is not None
+
+
 @dataclass(frozen=True)
 class PartName:
     """What the name of a part tells."""

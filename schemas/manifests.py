@@ -26,6 +26,7 @@ class RunManifest:
         num_added, num_changed, num_removed: Images of the catalog, as in CommitRecord.
         num_failures: Failures by reason.
         num_failed_images: Failures that cost an image.
+        num_lost_images: Images that the catalog had, and that damaged shards gave no more.
         failure_rate: Share of images (or of shards, where larger) that failed.
         examples: Some of the failures, as text.
         sample_parts: Names of some of the parts that the run computed, for its report.
@@ -50,6 +51,7 @@ class RunManifest:
     examples: tuple[str, ...] = ()
     sample_parts: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    num_lost_images: int = 0
     num_images_copied: int = 0
     num_bytes_read: int = 0
     num_added: int = 0

@@ -28,6 +28,7 @@ REASONS: dict[str, str] = {
     "too_many_bytes": "more bytes than --max_image_bytes",
     "missing_file": "a listed or sidecar file that is not there",
     "unreadable_file": "a file that may not be read, or that is not a file",
+    "unreachable_host": "a link whose host is not found or does not answer (`beamsight retry` tries again)",
     "scheme_not_allowed": "a listed URI whose scheme is not among --allowed_schemes",
     "bad_record": "a list line or a Parquet row without a usable image",
     "bad_sidecar": "metadata beside an image that cannot be parsed (the image is kept)",
@@ -42,6 +43,10 @@ REASONS: dict[str, str] = {
 
 # Failures that cost no image: the sample is in the table all the same, or a copy of it is.
 HARMLESS_REASONS = frozenset({"bad_sidecar", "duplicate_member", "scattered_members"})
+
+
+# Failures that cost an unknown number of images of a shard.
+SHARD_DAMAGE = frozenset({"unreadable_shard", "truncated_shard", "damaged_shard"})
 
 
 class SampleError(Exception):
@@ -103,7 +108,7 @@ class FileRef:
     """A single image file, as the planner found it.
 
     `version` changes whenever the file does, or what stands beside it; for an entry of a list,
-    whenever the entry or its file does (of a link: the entry alone). `error` is a `(reason, message)` pair for a list entry that names no usable file; such a
+    whenever the entry or its file does (of a link: the entry alone); `entry` is then the version of the entry. `error` is a `(reason, message)` pair for a list entry that names no usable file; such a
     reference still travels, so that the failure is recorded like any other.
     """
 
@@ -115,6 +120,7 @@ class FileRef:
     captions: tuple[str, ...] = ()
     metadata: str | None = None
     error: tuple[str, str] | None = None
+    entry: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from schemas.catalog import RUN_CONTENTS, CatalogLayout
+from schemas.catalog import CatalogLayout, is_data_file
 from vlm_ops import storage
 from vlm_ops.states import CatalogState, commits, state_of
 
@@ -26,7 +26,7 @@ class StoredFile:
 
 
 def stored_files(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> dict[str, StoredFile]:
-    """Parts, indexes, and what killed runs left, by path; neither the logs of the tables nor reports."""
+    """Parts, indexes, and what killed runs left, by path; neither logs, nor reports, nor files of somebody else."""
     fs = storage.filesystem(catalog.root, storage_options)
     fs.invalidate_cache()
     root = fs._strip_protocol(catalog.root).rstrip("/")
@@ -34,9 +34,7 @@ def stored_files(catalog: CatalogLayout, storage_options: storage.StorageOptions
     for folder in ("images", "failures", "indexes", "runs"):
         for name, info in fs.find(f"{root}/{folder}", detail=True).items():
             path = name[len(root) + 1 :]
-            is_log = path.split("/")[1] == "_delta_log"
-            is_report = folder == "runs" and not path.endswith((f"/{RUN_CONTENTS}", ".tmp"))
-            if not is_log and not is_report:
+            if is_data_file(path):
                 found[path] = StoredFile(path, int(info.get("size") or 0), _written_at(info))
     return found
 

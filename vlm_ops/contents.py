@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.samples import Failure, Sample, clean_text, to_json
@@ -169,15 +170,17 @@ def write_known_contents(
         sha256 = table.column("content_sha256")
         known = np.flatnonzero(sha256.is_valid())
         leaving = np.asarray(is_leaving(part, table), bool)
-        is_copy = np.zeros(table.num_rows, bool)
-        if "duplicate_of" in table.column_names:
-            is_copy = table.column("duplicate_of").is_valid().to_numpy()
+        is_copy, named = np.zeros(table.num_rows, bool), table.column("image_id").to_numpy()
+        if "duplicate_of" in table.column_names:  # a copy names its first, and is not named itself
+            copied = table.column("duplicate_of")
+            is_copy = copied.is_valid().to_numpy()
+            named = pc.coalesce(copied, table.column("image_id")).to_numpy()
         digests = _digests(sha256.drop_null().to_pylist())
         _append(digest, digests)
         _append(batch, _batch_of(digests))
         _append(part_number, np.full(len(known), len(names)))
         _append(row, known)
-        _append(first, np.where(leaving, _UNNAMED, table.column("image_id").to_numpy())[known])
+        _append(first, np.where(leaving, _UNNAMED, named)[known])
         _append(rank, (2 * leaving + is_copy)[known])
         names.append(part.name)
     num_contents = 0

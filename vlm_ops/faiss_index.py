@@ -147,7 +147,7 @@ def open_index(catalog: CatalogLayout, storage_options: storage.StorageOptions) 
     run_id = commit.record.index
     if run_id is None:
         raise FileNotFoundError(
-            f"no index in {catalog.root}: its images have no embeddings; build it with --ops embedding among them"
+            f"no index in {catalog.root}: it has {commit.record.num_images} images, without embeddings (--ops embedding makes them)"
         )
     manifest = read_index_manifest(catalog, run_id, storage_options)
     with storage.open_for_reading(catalog.index_file(run_id, INDEX_FILE), storage_options) as file:

@@ -29,6 +29,7 @@ from vlm_ops import storage
 from vlm_ops.shards import (
     IMAGE_SUFFIXES,
     KEY_FIELDS,
+    LINKS,
     SIDECAR_SUFFIXES,
     URI_COLUMNS,
     find_image_column,
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 _GLOB_CHARACTERS = "*?["
 _SNIFF_BYTES = 512
-_LINKS = ("http", "https")
+_NOT_ALLOWED = "!"  # ends the version of an entry of such a scheme, so that it is new once it is allowed
 _NUM_REQUESTS = 32
 _MANY_REQUESTS = 1000
 
@@ -92,11 +93,13 @@ class Listing:
         shards: Shard files.
         files: Single image files, by the folder or list they come from.
         passed_over: Files in folders that are no input, counted by their suffix.
+        empty_patterns: Patterns that are there and hold no input.
     """
 
     shards: tuple[ShardRef, ...]
     files: dict[str, list[FileRef]]
     passed_over: dict[str, int] = field(default_factory=dict)
+    empty_patterns: tuple[str, ...] = ()
 
     @property
     def num_files(self) -> int:
@@ -125,16 +128,21 @@ def list_inputs(config: InputConfig) -> Listing:
     listed: set[str] = set()
     empty_lists: list[str] = []
     passed_over: Counter[str] = Counter()
+    empty_patterns: list[str] = []
     for pattern in config.patterns:
+        empty_patterns.append(pattern)
         for origin, found, sidecars in _expand(pattern, config):
             if found.format == "other":
                 passed_over[posixpath.splitext(found.uri)[1].lower()] += 1
                 continue
+            empty_patterns = [each for each in empty_patterns if each != pattern]
             if found.format in ("tar", "parquet"):
                 shards[found.uri] = ShardRef(found.uri, found.format, found.version, found.size)
                 continue
             is_list = found.format == "list"
-            refs = _with_versions(list(_read_list(found, config)), config) if is_list else [_file_ref(found, sidecars)]
+            refs = [_file_ref(found, sidecars)]
+            if is_list:
+                refs = in_present_version(list(_read_list(found, config)), config.storage_options)
             if not refs:
                 empty_lists.append(found.uri)
             place = found.uri if is_list else origin
@@ -152,7 +160,7 @@ def list_inputs(config: InputConfig) -> Listing:
         raise ValueError(f"the list {empty_lists[0]} has no entry; give one that names images")
     if not shards and not ordered:
         raise ValueError(f"no images, tars, Parquet files or lists in {' '.join(config.patterns)}")
-    return Listing(tuple(shards[uri] for uri in sorted(shards)), ordered, dict(passed_over))
+    return Listing(tuple(shards[uri] for uri in sorted(shards)), ordered, dict(passed_over), tuple(empty_patterns))
 
 
 def _check_schemes(schemes: Iterable[str]) -> None:
@@ -312,49 +320,64 @@ def _read_list(found: _Found, config: InputConfig) -> Iterator[FileRef]:
         place = f"{found.uri}#{number}"
         version = hashlib.sha256(json.dumps([record, error], default=str, sort_keys=True).encode()).hexdigest()[:12]
         if record is None:
-            yield FileRef(place, version, error=("bad_record", f"line {number}: {error}"))
+            yield FileRef(place, version, error=("bad_record", f"line {number}: {error}"), entry=version)
             continue
         column = _find_uri_column(list(record), config)
         value = record.get(column) if column else None
         if not isinstance(value, str) or not value.strip():
             wanted = config.uri_column or f"one of {', '.join(URI_COLUMNS)}"
-            yield FileRef(place, version, error=("bad_record", f"line {number}: no image URI ({wanted})"))
+            yield FileRef(
+                place, version, error=("bad_record", f"line {number}: no image URI ({wanted})"), entry=version
+            )
             continue
         uri = _resolve(value.strip(), found.uri)
         scheme = storage.scheme_of(uri)
         allowed = config.allowed_schemes or (storage.scheme_of(found.uri),)
         if scheme not in allowed:
             message = f"line {number}: {scheme}:// is not allowed here; allow it with --allowed_schemes {scheme}"
-            yield FileRef(uri, version, error=("scheme_not_allowed", message))
+            refused = version + _NOT_ALLOWED
+            yield FileRef(uri, refused, error=("scheme_not_allowed", message), entry=refused)
             continue
         key = next((str(record[name]) for name in KEY_FIELDS if record.get(name) not in (None, "")), None)
         rest = {name: item for name, item in record.items() if name != column}
         beside = what_stands_beside(rest, config.caption_field)
-        yield FileRef(uri, version, key=key, captions=beside.captions, metadata=beside.metadata)
+        yield FileRef(uri, version, key=key, captions=beside.captions, metadata=beside.metadata, entry=version)
 
 
-def _with_versions(refs: Sequence[FileRef], config: InputConfig) -> list[FileRef]:
-    """Adds to the version of each entry that of its file, by a request each, many at a time. Links are not asked
-    for: web servers answer such requests slowly, wrongly or not at all."""
-    asked = [i for i, ref in enumerate(refs) if not ref.error and storage.scheme_of(ref.uri) not in _LINKS]
+def in_present_version(files: Sequence[FileRef], storage_options: storage.StorageOptions) -> list[FileRef]:
+    """The references in the version and size that their files have now, by a request each, many at a time.
+
+    Links are not asked for: web servers answer such requests slowly, wrongly or not at all. A file that cannot be had is
+    left to its reader, who tells why.
+    """
+    asked = [i for i, file in enumerate(files) if not file.error and storage.scheme_of(file.uri) not in LINKS]
     if len(asked) >= _MANY_REQUESTS:
-        logger.info("asking for size and time of %d listed files", len(asked))
-    stated = list(refs)
+        logger.info("asking for size and time of %d files", len(asked))
+    present = list(files)
     with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
-        for i, (size, version) in zip(
-            asked, pool.map(lambda i: _size_and_version(refs[i].uri, config), asked), strict=True
-        ):
-            stated[i] = replace(refs[i], version=f"{refs[i].version}+{version}", num_bytes=size)
-    return stated
+        for i, file in zip(asked, pool.map(lambda i: _stated(files[i], storage_options), asked), strict=True):
+            present[i] = file
+    return present
 
 
-def _size_and_version(uri: str, config: InputConfig) -> tuple[int, str]:
-    """Of a listed file; one that cannot be had is left to its reader, who tells why."""
-    try:
-        info = storage.filesystem(uri, config.storage_options).info(uri)
-    except Exception as error:  # of any library below fsspec
-        return 0, type(error).__name__
-    return int(info.get("size") or 0), storage.version_of(info)
+def allowed(file: FileRef) -> FileRef:
+    """An entry whose scheme its list did not allow, as one that is allowed."""
+    entry = file.entry.removesuffix(_NOT_ALLOWED)
+    return replace(file, error=None, entry=entry, version=entry)
+
+
+def _stated(file: FileRef, storage_options: storage.StorageOptions) -> FileRef:
+    versions = [file.entry] if file.entry else []
+    size = 0
+    for uri in (file.uri, *file.sidecars):
+        try:
+            info = storage.filesystem(uri, storage_options).info(uri)
+        except Exception as error:  # of any library below fsspec
+            versions.append(type(error).__name__)
+            continue
+        versions.append(storage.version_of(info))
+        size = int(info.get("size") or 0) if uri == file.uri else size
+    return replace(file, version="+".join(versions), num_bytes=size)
 
 
 def _records(found: _Found, config: InputConfig) -> Iterator[tuple[int, dict[str, Any] | None, str | None]]:

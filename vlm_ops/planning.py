@@ -6,9 +6,9 @@ nothing is read but what the catalog says of itself; only where bytes are to be 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -25,10 +25,12 @@ from schemas.samples import HARMLESS_REASONS, FileRef, Sample, ShardRef, clean_t
 from vlm_ops import storage
 from vlm_ops.contents import digest_of
 from vlm_ops.delta_tables import LivePart, read_columns
-from vlm_ops.inputs import Listing, pack
+from vlm_ops.inputs import Listing, allowed, in_present_version, pack
 from vlm_ops.parts import PartSummary, read_summary
 from vlm_ops.shards import ReadConfig, read_shard
 from vlm_ops.states import CatalogState, Gone
+
+logger = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
 
@@ -73,6 +75,7 @@ class Plan:
         new: Inputs that the catalog has not.
         changed: Inputs that it has otherwise: in another version, with other bytes, or by another recipe.
         kept: Inputs that it has as they are.
+        stale: Failures of list lines that are not in their list any more.
         gone: What the catalog has and the inputs have not.
         num_gone: Images of `gone`.
         num_recomputed: Images of the catalog that another recipe made.
@@ -83,10 +86,15 @@ class Plan:
     new: Counts = field(default_factory=Counts)
     changed: Counts = field(default_factory=Counts)
     kept: Counts = field(default_factory=Counts)
+    stale: Gone = field(default_factory=Gone)
     gone: Gone = field(default_factory=Gone)
     num_gone: int = 0
     num_recomputed: int = 0
     uncommitted: tuple[LivePart, ...] = field(default=(), repr=False)
+
+    def leaving(self, prune: bool) -> Gone:
+        """What is taken out of the catalog."""
+        return Gone(self.gone.location_ids, (*self.gone.uris, *self.stale.uris)) if prune else self.stale
 
     @property
     def num_bytes(self) -> int:
@@ -111,13 +119,17 @@ def plan_inputs(config: PlanConfig, state: CatalogState, listing: Listing) -> Pl
     listed = {clean_text(file.uri) for each in listing.files.values() for file in each}
     places = {shard.location_id for shard in listing.shards}
     gone_places = frozenset(part.location_id for part in live if part.location_id and part.location_id not in places)
-    gone_uris = tuple(uri for uri in known.versions if uri not in listed)
+    lists = {clean_text(place) for place in listing.files}
+    unlisted = [uri for uri in known.versions if uri not in listed]
+    stale = {uri for uri in unlisted if uri in known.failed and uri.rpartition("#")[0] in lists}
+    gone_uris = tuple(uri for uri in unlisted if uri not in stale)
     num_gone = sum(part.num_rows for part in state.images if not part.is_packed and part.location_id in gone_places)
     return Plan(
         shards=(*todo, *pack(files, config.files_per_shard)),
         new=Counts(len(todo) - num_changed, num_files - changed_files),
         changed=Counts(num_changed, changed_files),
         kept=Counts(len(listing.shards) - len(todo), listing.num_files - num_files),
+        stale=Gone(uris=tuple(stale)),
         gone=Gone(gone_places, gone_uris),
         num_gone=num_gone + sum(uri not in known.failed for uri in gone_uris),
         num_recomputed=sum(part.num_rows for part in state.images if part.recipe_id != recipe_id),
@@ -151,7 +163,8 @@ def with_changed_bytes(
         changed_files: dict[str, list[FileRef]] = {}
         contents: dict[str, str] = {}
         for (place, file), now in zip(files, digests, strict=True):
-            if now and now != rows.get(clean_text(file.uri)):
+            known = rows.get(clean_text(file.uri))
+            if now and known and now != known:  # what has failed in this version is left to `retry`
                 changed_files.setdefault(place, []).append(file)
                 contents[file.uri] = now
     packs = [
@@ -167,20 +180,26 @@ def with_changed_bytes(
     )
 
 
-def with_refused_parts(config: PlanConfig, plan: Plan, refused: RunManifest | None) -> Plan:
-    """A plan that goes on where a refused run stopped: what is good in its parts is used, what failed is tried again."""
-    if refused is None:
-        return plan
-    made = {parsed.shard_id: name for name in refused.parts if (parsed := parse_part_name(name))}
+def with_refused_parts(config: PlanConfig, plan: Plan, refused: Sequence[RunManifest]) -> Plan:
+    """A plan that goes on where refused runs stopped: what is good in their parts is used, what failed is tried again.
+
+    Args:
+        refused: Newest first.
+    """
+    made: dict[str, tuple[str, str]] = {}  # of each shard the newest part, and the run that refused it
+    for manifest in reversed(refused):
+        made |= {
+            parsed.shard_id: (name, manifest.run_id) for name in manifest.parts if (parsed := parse_part_name(name))
+        }
     shards, uncommitted = [], []
     for shard in plan.shards:
-        name = made.get(shard.shard_id)
+        name, run_id = made.get(shard.shard_id, ("", ""))
         summary = read_summary(config.catalog, name, config.read.storage_options) if name else None
-        parsed = parse_part_name(name or "")
+        parsed = parse_part_name(name)
         if summary and parsed and parsed.recipe_id == config.recipe.recipe_id:
             if summary.num_failed_images:
                 uncommitted.append(LivePart(summary.name, summary.num_images, summary.num_bytes))
-                shard = _again(shard, _attempts(config, summary))
+                shard = _again(shard, _attempts(config, summary), run_id)
             else:
                 shard = replace(shard, revision=parsed.revision)
         shards.append(shard)
@@ -188,11 +207,13 @@ def with_refused_parts(config: PlanConfig, plan: Plan, refused: RunManifest | No
 
 
 def plan_retry(config: PlanConfig, state: CatalogState, allowed_schemes: Sequence[str] = ()) -> Plan:
-    """The shards and files that lost images, once more.
+    """The shards and files that lost images, once more. Shards that have changed since, or are not there, are left
+    to `build`, and told.
 
     Args:
         allowed_schemes: List entries of these schemes are tried although their list did not allow them.
     """
+    assert state.record is not None
     columns = ["uri", "reason", "attempts", "source"]
     shards: dict[str, dict[str, int]] = {}
     formats: dict[str, str] = {}
@@ -209,23 +230,33 @@ def plan_retry(config: PlanConfig, state: CatalogState, allowed_schemes: Sequenc
                 continue
             file = _file_of(source["file"])
             if file.error and storage.scheme_of(file.uri) in allowed_schemes:
-                file = replace(file, error=None)
+                file = allowed(file)
             files.setdefault(source["uri"], []).append(file)
             attempts[row["uri"]] = row["attempts"]
-    todo = [_again(_shard_now(uri, formats[uri], config), each) for uri, each in sorted(shards.items())]
-    for packed in pack(files, config.files_per_shard):
-        todo.append(
-            _again(packed, {uri: attempts[uri] for file in packed.files if (uri := clean_text(file.uri)) in attempts})
-        )
-    return Plan(tuple(todo), changed=Counts(len(shards), sum(map(len, files.values()))))
+    after = state.record.run_id
+    known = {part.shard_id for part in state.images}
+    now = {uri: _shard_now(uri, formats[uri], config) for uri in sorted(shards)}
+    todo = [_again(shard, shards[uri], after) for uri, shard in now.items() if shard and shard.shard_id in known]
+    if len(todo) < len(shards):
+        logger.warning(
+            "%d shards are not there, or have changed since they failed, and are left to `beamsight build`: %s",
+            len(shards) - len(todo), ", ".join([uri for uri, shard in now.items() if not shard or shard.shard_id not in known][:5]),
+        )  # fmt: skip
+    num_shards = len(todo)
+    for packed in pack(
+        {place: in_present_version(each, config.read.storage_options) for place, each in files.items()},
+        config.files_per_shard,
+    ):
+        tried = {uri: attempts[uri] for file in packed.files if (uri := clean_text(file.uri)) in attempts}
+        todo.append(_again(packed, tried, after))
+    return Plan(tuple(todo), changed=Counts(num_shards, sum(map(len, files.values()))))
 
 
-def leaving(plan: Plan, prune: bool) -> Callable[[LivePart, pa.Table], np.ndarray]:
+def rows_leaving(plan: Plan, prune: bool) -> Callable[[LivePart, pa.Table], np.ndarray]:
     """Tells which rows of a live part are replaced or removed by a plan: bool[n] for its column `uri`."""
-    places = {shard.location_id for shard in plan.shards} | (plan.gone.location_ids if prune else frozenset())
-    uris = {clean_text(file.uri) for shard in plan.shards for file in shard.files} | set(
-        plan.gone.uris if prune else ()
-    )
+    gone = plan.leaving(prune)
+    places = {shard.location_id for shard in plan.shards} | gone.location_ids
+    uris = {clean_text(file.uri) for shard in plan.shards for file in shard.files} | set(gone.uris)
     wanted = pa.array(sorted(uris), pa.string())
 
     def is_leaving(part: LivePart, rows: pa.Table) -> np.ndarray:
@@ -305,10 +336,10 @@ def _digest_of_part(part: LivePart | None, config: PlanConfig) -> str | None:
 # --- trying again ---------------------------------------------------------------------------------
 
 
-def _again(shard: ShardRef, attempts: Mapping[str, int]) -> ShardRef:
-    """The shard as one that is read once more: the part of the next attempt has a name of its own."""
-    number = max(attempts.values(), default=0)
-    return replace(shard, revision=digest("attempt", str(number + 1))[:8], attempts=dict(attempts))
+def _again(shard: ShardRef, attempts: Mapping[str, int], after_run_id: str) -> ShardRef:
+    """The shard as one that is read once more. The part has a name of its own, which goes by the run whose outcome is
+    not to be the last word: killed and run again, it is found; after another outcome, it is not."""
+    return replace(shard, revision=digest("after", after_run_id)[:8], attempts=dict(attempts))
 
 
 def _attempts(config: PlanConfig, summary: PartSummary) -> dict[str, int]:
@@ -329,11 +360,12 @@ def _file_of(values: Mapping[str, Any]) -> FileRef:
     return FileRef(**fields)
 
 
-def _shard_now(uri: str, format_: str, config: PlanConfig) -> ShardRef:
-    """A shard file in its present version; one that is gone is left to its reader to report."""
+def _shard_now(uri: str, format_: str, config: PlanConfig) -> ShardRef | None:
+    """A shard file in its present version; None where it is gone."""
     fs = storage.filesystem(uri, config.read.storage_options)
     fs.invalidate_cache()
-    info: Mapping[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError):
-        info = fs.info(uri)
-    return ShardRef(uri, format_, storage.version_of(info) if info else "", int(info.get("size") or 0))
+    try:
+        info: Mapping[str, Any] = fs.info(uri)
+    except FileNotFoundError:
+        return None
+    return ShardRef(uri, format_, storage.version_of(info), int(info.get("size") or 0))

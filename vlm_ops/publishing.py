@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,22 +13,24 @@ from typing import Any
 from schemas.catalog import RUN_MANIFEST, RUN_METRICS, CatalogLayout
 from schemas.manifests import IndexManifest, RunManifest
 from schemas.recipes import Recipe
-from schemas.samples import to_json
+from schemas.samples import SHARD_DAMAGE, to_json
 from vlm_ops import storage
-from vlm_ops.delta_tables import conflict
+from vlm_ops.delta_tables import LivePart, conflict
+from vlm_ops.duplicates import with_true_firsts
 from vlm_ops.faiss_index import build_index
 from vlm_ops.ops import schema_of
 from vlm_ops.parts import PartSummary
 from vlm_ops.states import (
+    CatalogState,
     Commit,
-    Contents,
     Gone,
-    commit_contents,
-    contents_after,
+    StateParts,
+    commit_parts,
     count_changes,
     current_state,
     existing_state,
     new_record,
+    parts_after,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,12 +63,15 @@ class PublishConfig:
     storage_options: dict[str, object] = field(default_factory=dict)
 
 
-def failure_rate(summaries: Sequence[PartSummary]) -> float:
+def failure_rate(summaries: Sequence[PartSummary], num_lost: int = 0) -> float:
     """Share of images that failed, or of shards of which nothing could be read, where that is larger.
 
     An unreadable shard is one failure, but loses an unknown number of images; so shards count too.
+
+    Args:
+        num_lost: Images that the catalog has and that a damaged shard gives no more.
     """
-    num_failed = sum(summary.num_failed_images for summary in summaries)
+    num_failed = num_lost + sum(summary.num_failed_images for summary in summaries)
     num_images = sum(summary.num_images for summary in summaries)
     num_unreadable = sum(summary.is_unreadable for summary in summaries)
     of_images = num_failed / max(num_failed + num_images, 1)
@@ -84,11 +86,19 @@ def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunM
         CommitConflictError: Another run committed at the same time.
     """
     catalog = CatalogLayout(config.catalog)
+    state = current_state(catalog, config.storage_options)
     summaries = sorted(summaries, key=lambda summary: summary.name)
-    rate = failure_rate(summaries)
+    if config.action == "retry":
+        summaries = [summary for summary in summaries if not _loses_images(summary, state)]
+    num_lost = sum(
+        _num_before(summary, state) - summary.num_images
+        for summary in summaries
+        if _is_damaged(summary) and _loses_images(summary, state)
+    )
+    rate = failure_rate(summaries, num_lost)
     refused = config.max_failure_rate is not None and rate > config.max_failure_rate
-    commit = None if refused else _publish(catalog, config, summaries)
-    manifest = _manifest(config, summaries, rate, commit)
+    commit = None if refused else _publish(catalog, config, state, summaries)
+    manifest = _manifest(config, summaries, rate, num_lost, commit)
     metrics = {
         "status": manifest.status,
         "images": manifest.num_images,
@@ -98,6 +108,7 @@ def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunM
         "images_removed": manifest.num_removed,
         "images_per_sec": round(manifest.num_images_computed / max(manifest.wall_sec, 1e-3), 2),
         "failed_images": manifest.num_failed_images,
+        "lost_images": manifest.num_lost_images,
         "failure_rate": manifest.failure_rate,
         "failures": manifest.num_failures,
         "shards": manifest.num_shards,
@@ -126,41 +137,52 @@ def publish_index(catalog: CatalogLayout, run_id: str, storage_options: storage.
     manifest = encoder and build_index(catalog, run_id, state.images, encoder, storage_options)
     if not manifest:
         raise ValueError(f"the catalog {catalog.root} holds no embeddings; build it with --ops embedding among them")
-    contents = Contents(state.images, state.failures)
-    record = new_record(run_id, "index", state.record.recipe, run_id, contents)
-    commit_contents(catalog, state, contents, record, storage_options)
+    parts = StateParts(state.images, state.failures)
+    record = new_record(run_id, "index", state.record.recipe, run_id, parts)
+    commit_parts(catalog, state, parts, record, storage_options)
     return manifest
 
 
-def new_run_id() -> str:
-    """Sorts by time, and is nobody else's."""
-    now = datetime.now(timezone.utc)
-    return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{uuid.uuid4().hex[:6]}"
+def _num_before(summary: PartSummary, state: CatalogState) -> int:
+    """Images that the catalog has of a shard."""
+    location = LivePart(summary.name, 0, 0).location_id
+    return sum(part.num_rows for part in state.images if not part.is_packed and part.location_id == location)
 
 
-def _publish(catalog: CatalogLayout, config: PublishConfig, summaries: Sequence[PartSummary]) -> Commit:
+def _loses_images(summary: PartSummary, state: CatalogState) -> bool:
+    return summary.num_images < _num_before(summary, state)
+
+
+def _is_damaged(summary: PartSummary) -> bool:
+    return not SHARD_DAMAGE.isdisjoint(summary.num_failures)
+
+
+def _publish(
+    catalog: CatalogLayout, config: PublishConfig, state: CatalogState, summaries: Sequence[PartSummary]
+) -> Commit:
     options = config.storage_options
-    state = current_state(catalog, options)
     if state.commit and state.commit.record.run_id == config.run_id:  # a runner tried again what had been done
         return state.commit
     if state.sequence != config.sequence:
         raise conflict(catalog.images, f"{state.sequence - config.sequence} commits since this run began")
-    contents = contents_after(catalog, state, summaries, config.gone, options)
-    if state.commit and set(contents.images) == set(state.images) and set(contents.failures) == set(state.failures):
+    parts = parts_after(catalog, state, summaries, config.gone, options)
+    if not set(state.images) <= set(parts.images):  # what is copied may have lost its first
+        parts = replace(parts, images=with_true_firsts(catalog, parts.images, options))
+    if state.commit and set(parts.images) == set(state.images) and set(parts.failures) == set(state.failures):
         return state.commit
     index = state.record.index if state.record else None
     encoder = config.recipe.encoder
-    if set(contents.images) != set(state.images):
-        logger.info("publishing: index and tables of %d images", sum(part.num_rows for part in contents.images))
-        made = build_index(catalog, config.run_id, contents.images, encoder, options) if encoder else None
+    if set(parts.images) != set(state.images):
+        logger.info("publishing: index and tables of %d images", sum(part.num_rows for part in parts.images))
+        made = build_index(catalog, config.run_id, parts.images, encoder, options) if encoder else None
         index = made.run_id if made else None
-    changes = count_changes(catalog, state.images, contents.images, options)
-    record = new_record(config.run_id, config.action, config.recipe, index, contents, changes)
-    return commit_contents(catalog, state, contents, record, options, schema_of(config.recipe.ops))
+    changes = count_changes(catalog, state.images, parts.images, options)
+    record = new_record(config.run_id, config.action, config.recipe, index, parts, changes)
+    return commit_parts(catalog, state, parts, record, options, schema_of(config.recipe.ops))
 
 
 def _manifest(
-    config: PublishConfig, summaries: Sequence[PartSummary], rate: float, commit: Commit | None
+    config: PublishConfig, summaries: Sequence[PartSummary], rate: float, num_lost: int, commit: Commit | None
 ) -> RunManifest:
     started = datetime.fromisoformat(config.started_at)
     finished = datetime.now(timezone.utc)
@@ -181,6 +203,7 @@ def _manifest(
         num_images_computed=sum(summary.num_images - summary.num_copied for summary in computed),
         num_images_copied=sum(summary.num_copied for summary in computed),
         num_failed_images=sum(summary.num_failed_images for summary in summaries),
+        num_lost_images=num_lost,
         num_failures=dict(_total(summary.num_failures for summary in summaries)),
         failure_rate=rate,
         examples=tuple(text for summary in summaries for text in summary.examples)[:_NUM_EXAMPLES],
@@ -194,50 +217,6 @@ def _manifest(
         wall_sec=round((finished - started).total_seconds(), 3),
         beamsight_version=installed_version(),
     )
-
-
-def read_manifest(catalog: CatalogLayout, run_id: str, storage_options: storage.StorageOptions) -> RunManifest:
-    return RunManifest.from_json(storage.read_bytes(catalog.run_file(run_id, RUN_MANIFEST), storage_options).decode())
-
-
-def last_refusal(
-    catalog: CatalogLayout, since_run_id: str, storage_options: storage.StorageOptions
-) -> RunManifest | None:
-    """The manifest of the newest run, where it published nothing.
-
-    Args:
-        since_run_id: A run that published; only later ones are looked at.
-    """
-    for manifest in _manifests(catalog, storage_options):
-        return manifest if manifest.status == "refused" and manifest.run_id > since_run_id else None
-    return None
-
-
-def refused_runs(catalog: CatalogLayout, last: int, storage_options: storage.StorageOptions) -> list[RunManifest]:
-    """Of so many newest runs those that published nothing, newest first."""
-    newest = itertools.islice(_manifests(catalog, storage_options), last)
-    return [manifest for manifest in newest if manifest.status == "refused"]
-
-
-def seconds_per_byte(catalog: CatalogLayout, recipe: Recipe, storage_options: storage.StorageOptions) -> float | None:
-    """How long the newest run of a recipe took for each byte of input; None where there was none."""
-    for manifest in itertools.islice(_manifests(catalog, storage_options), _NUM_RUNS_ASKED):
-        if manifest.recipe == recipe and manifest.num_bytes_read:
-            return manifest.wall_sec / manifest.num_bytes_read
-    return None
-
-
-def _manifests(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> Iterator[RunManifest]:
-    """What runs said of themselves at their end, newest first."""
-    fs = storage.filesystem(catalog.runs, storage_options)
-    fs.invalidate_cache()
-    try:
-        names = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(catalog.runs, detail=False)]
-    except FileNotFoundError:
-        return
-    for run_id in sorted(names, reverse=True):
-        with contextlib.suppress(FileNotFoundError):  # a run that was killed has none
-            yield read_manifest(catalog, run_id, storage_options)
 
 
 def installed_version() -> str:

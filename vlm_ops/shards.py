@@ -33,6 +33,7 @@ CAPTION_FIELDS = ("captions", "caption", "sentences", "text", "txt", "alt_text",
 KEY_FIELDS = ("key", "__key__", "id", "image_id")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content", "data")
 URI_COLUMNS = ("uri", "url", "image_uri", "image_url", "image_path", "path", "file", "file_name", "filename", "image")
+LINKS = ("http", "https")
 _MAX_SIDECAR_BYTES = 1 << 20
 _MAX_METADATA_DEPTH = 32
 _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -352,6 +353,9 @@ def _read_small(uri: str, config: ReadConfig) -> bytes:
     except Exception as error:
         if _is_fault_of_file(error):
             raise SampleError("unreadable_file", f"{uri!r}: {error}") from error
+        if storage.scheme_of(uri) in LINKS and isinstance(error, OSError) and not hasattr(error, "status"):
+            # Of a web full of links some hosts are always away; that is no reason to wait for them.
+            raise SampleError("unreachable_host", f"{uri!r}: {error}") from error
         raise
 
 

@@ -6,7 +6,6 @@ that belong to it, so that one entry of one log makes all of it visible at once,
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -14,15 +13,14 @@ from datetime import datetime, timezone
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from schemas.catalog import CatalogLayout, part_name
+from schemas.catalog import CatalogLayout
 from schemas.manifests import CommitRecord
 from schemas.recipes import Recipe
 from schemas.tables import FAILURES
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart, live_parts, open_table, read_columns, sequence_of, set_live
-from vlm_ops.parts import ROWS_PER_GROUP, PartSummary
+from vlm_ops.parts import PartSummary, rewritten
 
 _RECORD = "beamsight"
 _NEWEST = 8  # log entries in which the newest record is looked for first
@@ -69,7 +67,7 @@ class Gone:
 
 
 @dataclass(frozen=True)
-class Contents:
+class StateParts:
     """The parts that a state is to have."""
 
     images: tuple[LivePart, ...]
@@ -139,13 +137,13 @@ def no_catalog(catalog: CatalogLayout) -> FileNotFoundError:
     )
 
 
-def contents_after(
+def parts_after(
     catalog: CatalogLayout,
     state: CatalogState,
     summaries: Sequence[PartSummary],
     gone: Gone,
     storage_options: storage.StorageOptions,
-) -> Contents:
+) -> StateParts:
     """A state with newly computed parts in it, and without what they replace or what is gone.
 
     A shard's part replaces those of the same place. Single files are replaced one by one: packs that
@@ -166,36 +164,35 @@ def contents_after(
     # A pack without rows says nothing that its failures do not say.
     new_images = [part for part in images if part.num_rows or not part.is_packed]
     replaced = {part.location_id for part in images} | gone.location_ids
-    return Contents(
+    return StateParts(
         tuple(_merged(catalog.images, state.images, new_images, replaced, unwanted, storage_options)),
         tuple(_merged(catalog.failures, state.failures, failures, replaced, unwanted, storage_options)),
     )
 
 
-def commit_contents(
+def commit_parts(
     catalog: CatalogLayout,
     state: CatalogState,
-    contents: Contents,
+    parts: StateParts,
     record: CommitRecord,
     storage_options: storage.StorageOptions,
     schema: pa.Schema | None = None,
 ) -> Commit:
-    """Makes these contents what readers see. Until its last step, the commit of the images, they see the old state.
+    """Makes these parts what readers see. Until its last step, the commit of the images, they see the old state.
 
     Args:
-        state: The state that the contents were made from.
+        state: The state that they were made from.
         record: What the log is to say; its `failures_version` is filled in here.
         schema: Of the images; None where the table has it already.
 
     Raises:
         CommitConflictError: The catalog has another state by now.
     """
-    failures_version = set_live(catalog.failures, FAILURES, contents.failures, record.run_id, storage_options)
+    check_parts_are_there(catalog, state, parts, storage_options)
+    failures_version = set_live(catalog.failures, FAILURES, parts.failures, record.run_id, storage_options)
     told = CommitRecord(**{**vars(record), "failures_version": failures_version})
     metadata = {_RECORD: told.to_json()}
-    version = set_live(
-        catalog.images, schema, contents.images, record.run_id, storage_options, metadata, state.sequence
-    )
+    version = set_live(catalog.images, schema, parts.images, record.run_id, storage_options, metadata, state.sequence)
     return Commit(version, told)
 
 
@@ -204,11 +201,11 @@ def new_record(
     action: str,
     recipe: Recipe,
     index: str | None,
-    contents: Contents,
+    parts: StateParts,
     changes: Changes = Changes(),
     of_run: str | None = None,
 ) -> CommitRecord:
-    """What a commit of these contents says of itself."""
+    """What a commit of these parts says of itself."""
     return CommitRecord(
         run_id=run_id,
         action=action,
@@ -216,8 +213,8 @@ def new_record(
         recipe=recipe,
         index=index,
         failures_version=-1,
-        num_images=sum(part.num_rows for part in contents.images),
-        num_failures=sum(part.num_rows for part in contents.failures),
+        num_images=sum(part.num_rows for part in parts.images),
+        num_failures=sum(part.num_rows for part in parts.failures),
         **vars(changes),
         of_run=of_run,
     )
@@ -231,7 +228,7 @@ def count_changes(
 ) -> Changes:
     """Images of one list of parts that the other has not, or has with other bytes or another recipe.
 
-    Memory: 24 bytes for each image of the parts that only one of them has.
+    Memory: 32 bytes for each image of the parts that only one of them has.
     """
     kept = {part.name for part in before} & {part.name for part in after}
     old = _Identities.read(catalog, [part for part in before if part.name not in kept], storage_options)
@@ -243,10 +240,10 @@ def count_changes(
 
 @dataclass(frozen=True)
 class _Identities:
-    """image_id int64[n], and eight bytes each of the hash of its bytes and of its recipe."""
+    """image_id int64[n], and the first hex digits of the hashes of its bytes (16) and its recipe (8)."""
 
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    contents: np.ndarray = field(default_factory=lambda: np.empty(0, "S8"))
+    contents: np.ndarray = field(default_factory=lambda: np.empty(0, "S16"))
     recipes: np.ndarray = field(default_factory=lambda: np.empty(0, "S8"))
 
     @classmethod
@@ -255,9 +252,9 @@ class _Identities:
     ) -> _Identities:
         columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for part, rows in read_columns(catalog.images, parts, ["image_id", "content_sha256"], storage_options):
-            hashes = [(text or "")[:8] for text in rows.column("content_sha256").to_pylist()]
+            hashes = [(text or "")[:16] for text in rows.column("content_sha256").to_pylist()]
             recipe = np.full(len(hashes), (part.recipe_id or "")[:8], "S8")
-            columns.append((rows.column("image_id").to_numpy(), np.array(hashes, "S8"), recipe))
+            columns.append((rows.column("image_id").to_numpy(), np.array(hashes, "S16"), recipe))
         if not columns:
             return cls()
         ids, contents, recipes = (np.concatenate(each) for each in zip(*columns, strict=True))
@@ -300,13 +297,34 @@ def _without_rows(
     ((_, uris),) = read_columns(uri, [part], ["uri"], storage_options)
     if not pc.any(pc.is_in(uris.column("uri"), unwanted)).as_py():
         return [part]
-    with storage.open_for_reading(f"{uri}/{part.name}", storage_options) as file:
-        whole = pq.read_table(file)
-    kept = whole.filter(pc.invert(pc.is_in(whole.column("uri"), unwanted)))
-    if not kept.num_rows:
-        return []
-    assert part.shard_id is not None and part.recipe_id is not None
-    name = part_name(part.shard_id, part.recipe_id, uuid.uuid4().hex[:8])
-    with storage.replacing(f"{uri}/{name}", storage_options) as path:
-        pq.write_table(kept, path, row_group_size=ROWS_PER_GROUP, compression="zstd")
-    return [LivePart(name, kept.num_rows, int(storage.filesystem(uri, storage_options).size(f"{uri}/{name}")))]
+
+    def without(rows: pa.Table) -> pa.Table:
+        return rows.filter(pc.invert(pc.is_in(rows.column("uri"), unwanted)))
+
+    copy = rewritten(uri, part, without, storage_options)
+    return [copy] if copy.num_rows else []
+
+
+def check_parts_are_there(
+    catalog: CatalogLayout, state: CatalogState, parts: StateParts, storage_options: storage.StorageOptions
+) -> None:
+    """What is about to become visible must be there: `clean` may have taken what it found unused.
+
+    Raises:
+        RuntimeError: It is not.
+    """
+    for uri, new, old in (
+        (catalog.images, parts.images, state.images),
+        (catalog.failures, parts.failures, state.failures),
+    ):
+        added = {part.name for part in new} - {part.name for part in old}
+        if not added:
+            continue
+        fs = storage.filesystem(uri, storage_options)
+        fs.invalidate_cache()
+        missing = added - {str(path).rsplit("/", 1)[-1] for path in fs.ls(uri, detail=False)}
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} parts of this run are not in {uri} any more, such as {min(missing)} (was `beamsight clean` at work?); "
+                "run the same command again"
+            )

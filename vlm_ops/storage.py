@@ -180,6 +180,8 @@ def check_writable(uri: str, storage_options: StorageOptions | None = None) -> N
         OSError: The storage does not answer.
     """
     delta_options(uri, storage_options)
+    if odd := next((character for character in "#?%" if character in uri), None):
+        raise ValueError(f"{uri!r} cannot hold a catalog: Delta tables cannot have {odd!r} in their path; name another")
     if not is_local(uri):
         _check_bucket(uri, storage_options)
         return

@@ -47,6 +47,16 @@ def test_a_text_search_loads_no_torch(toy_catalog: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
 
 
+def test_looking_back_loads_no_torch(toy_catalog: Path) -> None:
+    code = (
+        "import sys\nfrom pipelines.cli import main\n"
+        f"assert main(['history', {str(toy_catalog)!r}]) == main(['inspect', {str(toy_catalog)!r}]) == 0\n"
+        f"assert main(['clean', {str(toy_catalog)!r}, '--dry_run']) == 0 and main(['rollback', {str(toy_catalog)!r}, 'x']) == 2\n"
+        "assert not {'torch', 'transformers', 'apache_beam'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])
+
+
 def test_unknown_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["biuld"]) == 2
     assert (

@@ -104,7 +104,7 @@ def test_nobody_sees_an_index_before_its_commit(tmp_path: Path) -> None:
 
 def test_without_an_index_or_a_catalog(tmp_path: Path) -> None:
     catalog = catalog_with(tmp_path, np.empty((0, D), np.float32))
-    with pytest.raises(FileNotFoundError, match="no index in .*build it with --ops embedding"):
+    with pytest.raises(FileNotFoundError, match="no index in .*0 images, without embeddings"):
         open_index(catalog, {})
     with pytest.raises(ValueError, match="holds no embeddings; build it with --ops embedding"):
         publish_index(catalog, "r2", {})

@@ -25,11 +25,11 @@ from vlm_ops.states import (
     CatalogState,
     Changes,
     Gone,
-    commit_contents,
-    contents_after,
+    commit_parts,
     current_state,
     existing_state,
     new_record,
+    parts_after,
 )
 
 
@@ -199,10 +199,10 @@ def test_commits_at_the_very_same_time(corpus: Corpus) -> None:
     state = corpus.state()
 
     def attempt(number: int) -> bool:
-        contents = contents_after(corpus.catalog, state, [parts[number]], Gone(), {})
-        record = new_record(f"run{number}", "build", corpus.recipe, None, contents)
+        after = parts_after(corpus.catalog, state, [parts[number]], Gone(), {})
+        record = new_record(f"run{number}", "build", corpus.recipe, None, after)
         try:
-            commit_contents(corpus.catalog, state, contents, record, {}, schema_of(corpus.recipe.ops))
+            commit_parts(corpus.catalog, state, after, record, {}, schema_of(corpus.recipe.ops))
         except CommitConflictError:
             return False
         return True
