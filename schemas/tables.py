@@ -72,7 +72,7 @@ _IDENTITY = (
         pa.int64(),
         "reader",
         "`image_id`",
-        "The first image with the same bytes, where this is a later one; it may have left the catalog since.",
+        "The first image with the same bytes, where this row was copied from it.",
     ),
     column("source_captions", pa.list_(pa.string()), "reader", "sentences", "Captions that came with the image."),
     column("source_metadata", pa.string(), "reader", "JSON object", "Everything else that came with the image."),

@@ -25,6 +25,7 @@ from vlm_ops.states import (
     Commit,
     Gone,
     StateParts,
+    check_parts_are_there,
     commit_parts,
     count_changes,
     current_state,
@@ -88,13 +89,11 @@ def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunM
     catalog = CatalogLayout(config.catalog)
     state = current_state(catalog, config.storage_options)
     summaries = sorted(summaries, key=lambda summary: summary.name)
-    if config.action == "retry":
-        summaries = [summary for summary in summaries if not _loses_images(summary, state)]
-    num_lost = sum(
-        _num_before(summary, state) - summary.num_images
-        for summary in summaries
-        if _is_damaged(summary) and _loses_images(summary, state)
-    )
+    num_fewer = _num_fewer(summaries, state)
+    if config.action == "retry":  # takes no image away
+        summaries = [summary for summary in summaries if not num_fewer[summary.name]]
+    damaged = [summary for summary in summaries if not SHARD_DAMAGE.isdisjoint(summary.num_failures)]
+    num_lost = sum(num_fewer[summary.name] for summary in damaged)
     rate = failure_rate(summaries, num_lost)
     refused = config.max_failure_rate is not None and rate > config.max_failure_rate
     commit = None if refused else _publish(catalog, config, state, summaries)
@@ -143,18 +142,12 @@ def publish_index(catalog: CatalogLayout, run_id: str, storage_options: storage.
     return manifest
 
 
-def _num_before(summary: PartSummary, state: CatalogState) -> int:
-    """Images that the catalog has of a shard."""
-    location = LivePart(summary.name, 0, 0).location_id
-    return sum(part.num_rows for part in state.images if not part.is_packed and part.location_id == location)
-
-
-def _loses_images(summary: PartSummary, state: CatalogState) -> bool:
-    return summary.num_images < _num_before(summary, state)
-
-
-def _is_damaged(summary: PartSummary) -> bool:
-    return not SHARD_DAMAGE.isdisjoint(summary.num_failures)
+def _num_fewer(summaries: Sequence[PartSummary], state: CatalogState) -> dict[str, int]:
+    """By part, how many images its shard gave fewer than the catalog has of it."""
+    before: Counter[str | None] = Counter()
+    for part in state.images:
+        before[part.location_id] += 0 if part.is_packed else part.num_rows
+    return {each.name: max(before[LivePart(each.name, 0, 0).location_id] - each.num_images, 0) for each in summaries}
 
 
 def _publish(
@@ -166,6 +159,7 @@ def _publish(
     if state.sequence != config.sequence:
         raise conflict(catalog.images, f"{state.sequence - config.sequence} commits since this run began")
     parts = parts_after(catalog, state, summaries, config.gone, options)
+    check_parts_are_there(catalog, state, parts, options)  # for the index; at the commit once more
     if not set(state.images) <= set(parts.images):  # what is copied may have lost its first
         parts = replace(parts, images=with_true_firsts(catalog, parts.images, options))
     if state.commit and set(parts.images) == set(state.images) and set(parts.failures) == set(state.failures):

@@ -114,6 +114,8 @@ class Reader:
         index = pq.read_table(self.catalog.index_file(state.commit.record.index, INDEX_ROWS), columns=["image_id"])
         ids = frozenset(table.column("image_id").to_pylist())
         assert ids == set(index.column("image_id").to_pylist()), "table and index of different states"
+        failures = DeltaTable(self.catalog.failures, version=state.commit.record.failures_version).to_pyarrow_table()
+        assert failures.num_rows == state.commit.record.num_failures, "table and failures of different states"
         return ids
 
     def _look_on(self) -> None:

@@ -233,6 +233,17 @@ def test_a_run_that_is_killed_between_the_two_tables_changes_nothing(
     assert corpus.keys() == ["x", "y"] and len(corpus.state().failures) == 2
 
 
+@pytest.mark.parametrize("table", ["images", "failures"])
+def test_parts_that_are_gone_are_not_committed(corpus: Corpus, table: str) -> None:
+    """`clean` at the wrong moment, say."""
+    corpus.commit("r1", corpus.tar("a.tar", "1", ["x"]))
+    part = corpus.tar("b.tar", "1", ["y", "bad"])
+    (Path(corpus.catalog.root) / table / (part.name if table == "images" else part.failures_name)).unlink()
+    with pytest.raises(RuntimeError, match="1 parts of this run are not in .* any more.*run the same command again"):
+        corpus.commit("r2", part)
+    assert corpus.keys() == ["x"]
+
+
 def test_a_new_op_adds_its_column(corpus: Corpus) -> None:
     corpus.commit("r1", corpus.tar("a.tar", "1", ["x"]))
     corpus.recipe = Recipe(plan_ops(["quality", "tests.toys:BrightnessOp"], "compact"), 10**7, 10**7)
