@@ -15,18 +15,8 @@ from vlm_ops.run_manifests import refused_runs
 from vlm_ops.states import Commit, commits, state_of
 
 _COLUMNS = (
-    "run",
-    "when",
-    "action",
-    "images",
-    "added",
-    "changed",
-    "removed",
-    "failures",
-    "recipe",
-    "index",
-    "can go back",
-)
+    "run", "when", "action", "images", "added", "changed", "removed", "failures", "recipe", "index", "can_go_back",
+)  # fmt: skip
 
 
 def run(options: HistoryOptions) -> int:
@@ -61,25 +51,20 @@ def describe(catalog: CatalogLayout, last: int, storage_options: storage.Storage
 
 def as_table(rows: list[dict[str, Any]]) -> str:
     """The history for a person."""
-    lines = [list(_COLUMNS)]
-    for row in rows:
-        action = row["action"] + (f" to {row['of_run']}" if row["of_run"] else "")
-        cells = [
-            row["run"],
-            row["when"],
-            action,
-            row["images"],
-            row["added"],
-            row["changed"],
-            row["removed"],
-            row["failures"],
-        ]
-        cells += [row["recipe"], row["index"], "yes" if row["can_go_back"] else "no"]
-        lines.append(["-" if cell is None else str(cell) for cell in cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    lines = [[name.replace("_", " ") for name in _COLUMNS], *([_cell(row, name) for name in _COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row[name]
+    if value is None:
+        return "-"
+    if name == "can_go_back":
+        return "yes" if value else "no"
+    return f"{value} to {row['of_run']}" if name == "action" and row["of_run"] else str(value)
 
 
 def _of_commit(commit: Commit, can_go_back: bool) -> dict[str, Any]:
