@@ -91,7 +91,7 @@ def describe(plan: Plan, config: PlanConfig, state: CatalogState, options: Build
             f" instead of {state.record.recipe.recipe_id}: {'; '.join(state.record.recipe.differences(config.recipe))}"
         )
     gone = f"{plan.num_gone} images" + (
-        "" if options.prune or not plan.gone else " are not among the inputs; they stay without --prune"
+        "" if options.prune or not plan.num_gone else " are not among the inputs; they stay without --prune"
     )
     lines = [
         f"catalog    {config.catalog.root}",

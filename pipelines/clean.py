@@ -22,7 +22,10 @@ def run(options: CleanOptions) -> int:
     since = datetime.now(timezone.utc) - options.older_than
     files = unneeded_files(catalog, since, options.storage_options)
     if not options.dry_run:
-        storage.remove_all([f"{catalog.root}/{file.path}" for file in files], options.storage_options)
+        # Images first: a part says that its failures are there.
+        for folder in ("images", "failures", "indexes", "runs"):
+            uris = [f"{catalog.root}/{file.path}" for file in files if file.path.startswith(f"{folder}/")]
+            storage.remove_all(uris, options.storage_options)
     counts = Counter(file.path.split("/")[0] for file in files)
     told = ", ".join(f"{folder} {count}" for folder, count in sorted(counts.items())) or "none"
     verb = "would delete" if options.dry_run else "deleted"

@@ -104,7 +104,7 @@ def _report(command: str, message: str, code: int) -> int:
 
 
 def _set_up_logging() -> None:
-    level = os.environ.get("BEAMSIGHT_LOG", "INFO").upper()
+    level = (os.environ.get("BEAMSIGHT_LOG") or "INFO").upper()
     if level not in _LOG_LEVELS:
         raise ValueError(f"BEAMSIGHT_LOG={level!r}: must be one of {', '.join(_LOG_LEVELS)}")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING, stream=sys.stderr)

@@ -56,6 +56,7 @@ def part_name(shard_id: str, recipe_id: str, revision: str = "") -> str:
 
 
 _INDEX_FILES = (INDEX_MANIFEST, INDEX_FILE, INDEX_ROWS)
+_RUN_ID = re.compile(r"\d{8}T\d{9}-[0-9a-f]{6}")
 _UNFINISHED = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp")
 
 
@@ -63,16 +64,16 @@ def is_data_file(path: str) -> bool:
     """Whether a path below the root is a part, a file of an index, or what a killed run left: what may be deleted
     when no state needs it. Logs and reports are not, nor is what somebody else put there."""
     folder, _, rest = path.partition("/")
-    name = rest.rpartition("/")[2]
-    if unfinished := _UNFINISHED.fullmatch(name):
-        name = unfinished["name"]
-    elif folder == "runs":
-        return rest.count("/") == 1 and name == RUN_CONTENTS
+    run_id, _, name = rest.rpartition("/")
+    unfinished = _UNFINISHED.fullmatch(name)
+    name = unfinished["name"] if unfinished else name
     if folder in ("images", "failures"):
-        return "/" not in rest and parse_part_name(name) is not None
+        return not run_id and parse_part_name(name) is not None
+    if not _RUN_ID.fullmatch(run_id):
+        return False
     if folder == "indexes":
-        return rest.count("/") == 1 and name in _INDEX_FILES
-    return folder == "runs" and rest.count("/") == 1 and unfinished is not None
+        return name in _INDEX_FILES
+    return folder == "runs" and (name == RUN_CONTENTS or unfinished is not None)
 
 
 @dataclass(frozen=True)

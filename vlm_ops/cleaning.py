@@ -27,6 +27,11 @@ class StoredFile:
 
 def stored_files(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> dict[str, StoredFile]:
     """Parts, indexes, and what killed runs left, by path; neither logs, nor reports, nor files of somebody else."""
+    with storage.named(catalog.root):
+        return _stored_files(catalog, storage_options)
+
+
+def _stored_files(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> dict[str, StoredFile]:
     fs = storage.filesystem(catalog.root, storage_options)
     fs.invalidate_cache()
     root = fs._strip_protocol(catalog.root).rstrip("/")

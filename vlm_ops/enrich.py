@@ -27,12 +27,13 @@ import torch
 from schemas.catalog import CatalogLayout
 from schemas.recipes import Recipe
 from schemas.samples import Failure, Sample, SampleError, ShardRef, clean_text, image_id, to_json
+from vlm_ops import storage
 from vlm_ops.batch_limits import BatchLimits, is_out_of_memory, release_cached_memory
 from vlm_ops.contents import ContentDigest, KnownContents, ShardRows, StoredRows, sha256_of
 from vlm_ops.images import ImageFacts, decode, preprocess
 from vlm_ops.models import resolve_device
 from vlm_ops.ops import ImageBatch, Op, load_ops, reader_columns, schema_of
-from vlm_ops.parts import PartSummary, PartWriter, read_summary, writing_part
+from vlm_ops.parts import PartSummary, PartWriter, has_failures_part, read_summary, writing_part
 from vlm_ops.preprocessing import Preprocessing
 from vlm_ops.shards import ReadConfig, read_shard
 
@@ -155,7 +156,9 @@ class Enricher:
         catalog, options = CatalogLayout(config.catalog), config.read.storage_options
         name = shard.part_name(config.recipe.recipe_id)
         if found := read_summary(catalog, name, options):
-            return PartSummary(**{**vars(found), "is_reused": True})
+            if has_failures_part(catalog, found, options):
+                return PartSummary(**{**vars(found), "is_reused": True})
+            storage.remove(f"{catalog.images}/{name}", options)  # half of it is gone, so it is computed again
         stage_sec: dict[str, float] = {}
         with (
             writing_part(

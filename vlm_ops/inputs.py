@@ -93,7 +93,7 @@ class Listing:
         shards: Shard files.
         files: Single image files, by the folder or list they come from.
         passed_over: Files in folders that are no input, counted by their suffix.
-        empty_patterns: Patterns that are there and hold no input.
+        empty_patterns: Patterns, and lists, that are there and hold no input.
     """
 
     shards: tuple[ShardRef, ...]
@@ -135,15 +135,17 @@ def list_inputs(config: InputConfig) -> Listing:
             if found.format == "other":
                 passed_over[posixpath.splitext(found.uri)[1].lower()] += 1
                 continue
-            empty_patterns = [each for each in empty_patterns if each != pattern]
             if found.format in ("tar", "parquet"):
+                empty_patterns = [each for each in empty_patterns if each != pattern]
                 shards[found.uri] = ShardRef(found.uri, found.format, found.version, found.size)
                 continue
             is_list = found.format == "list"
             refs = [_file_ref(found, sidecars)]
             if is_list:
                 refs = in_present_version(list(_read_list(found, config)), config.storage_options)
-            if not refs:
+            if refs:
+                empty_patterns = [each for each in empty_patterns if each != pattern]
+            else:
                 empty_lists.append(found.uri)
             place = found.uri if is_list else origin
             for ref in refs:
@@ -160,7 +162,12 @@ def list_inputs(config: InputConfig) -> Listing:
         raise ValueError(f"the list {empty_lists[0]} has no entry; give one that names images")
     if not shards and not ordered:
         raise ValueError(f"no images, tars, Parquet files or lists in {' '.join(config.patterns)}")
-    return Listing(tuple(shards[uri] for uri in sorted(shards)), ordered, dict(passed_over), tuple(empty_patterns))
+    return Listing(
+        tuple(shards[uri] for uri in sorted(shards)),
+        ordered,
+        dict(passed_over),
+        tuple(dict.fromkeys([*empty_patterns, *empty_lists])),
+    )
 
 
 def _check_schemes(schemes: Iterable[str]) -> None:
@@ -185,19 +192,24 @@ def pack(files: Mapping[str, Sequence[FileRef]], files_per_shard: int = FILES_PE
 def _expand(pattern: str, config: InputConfig) -> Iterator[tuple[str, _Found, tuple[str, ...]]]:
     """(folder, file, its sidecars) for each file of a pattern."""
     for uri in _alternatives(pattern, config):
-        fs = storage.filesystem(uri, config.storage_options)
-        if fs.isdir(uri):
-            infos = [info for info in fs.find(uri, detail=True).values() if not _is_hidden(fs, info["name"], uri)]
-            yield from _classify(fs, infos, uri, config, explicit=False)
-        elif fs.exists(uri):
-            info = fs.info(uri)
-            yield from _classify(
-                fs, [info, *_sidecars_beside(fs, info["name"])], posixpath.dirname(uri), config, explicit=True
-            )
-        elif infos := [info for info in _glob(fs, uri) if info["type"] == "file"]:
-            yield from _classify(fs, infos, _folder_of_glob(uri), config, explicit=True)
-        else:
-            raise FileNotFoundError(f"no input matches {uri!r}")
+        with storage.named(uri):
+            yield from _expand_one(uri, config)
+
+
+def _expand_one(uri: str, config: InputConfig) -> Iterator[tuple[str, _Found, tuple[str, ...]]]:
+    fs = storage.filesystem(uri, config.storage_options)
+    if fs.isdir(uri):
+        infos = [info for info in fs.find(uri, detail=True).values() if not _is_hidden(fs, info["name"], uri)]
+        yield from _classify(fs, infos, uri, config, explicit=False)
+    elif fs.exists(uri):
+        info = fs.info(uri)
+        yield from _classify(
+            fs, [info, *_sidecars_beside(fs, info["name"])], posixpath.dirname(uri), config, explicit=True
+        )
+    elif infos := [info for info in _glob(fs, uri) if info["type"] == "file"]:
+        yield from _classify(fs, infos, _folder_of_glob(uri), config, explicit=True)
+    else:
+        raise FileNotFoundError(f"no input matches {uri!r}")
 
 
 def _alternatives(pattern: str, config: InputConfig) -> list[str]:
@@ -347,8 +359,8 @@ def _read_list(found: _Found, config: InputConfig) -> Iterator[FileRef]:
 def in_present_version(files: Sequence[FileRef], storage_options: storage.StorageOptions) -> list[FileRef]:
     """The references in the version and size that their files have now, by a request each, many at a time.
 
-    Links are not asked for: web servers answer such requests slowly, wrongly or not at all. A file that cannot be had is
-    left to its reader, who tells why.
+    Links are not asked for: web servers answer such requests slowly, wrongly or not at all. A file that cannot be had keeps
+    the version that it came with, and is left to its reader, who tells why.
     """
     asked = [i for i, file in enumerate(files) if not file.error and storage.scheme_of(file.uri) not in LINKS]
     if len(asked) >= _MANY_REQUESTS:
@@ -372,9 +384,8 @@ def _stated(file: FileRef, storage_options: storage.StorageOptions) -> FileRef:
     for uri in (file.uri, *file.sidecars):
         try:
             info = storage.filesystem(uri, storage_options).info(uri)
-        except Exception as error:  # of any library below fsspec
-            versions.append(type(error).__name__)
-            continue
+        except Exception:  # of any library below fsspec
+            return file
         versions.append(storage.version_of(info))
         size = int(info.get("size") or 0) if uri == file.uri else size
     return replace(file, version="+".join(versions), num_bytes=size)

@@ -163,6 +163,11 @@ def read_summary(catalog: CatalogLayout, name: str, storage_options: storage.Sto
     return PartSummary(**{**json.loads(stored), "num_bytes": fs.size(uri)})
 
 
+def has_failures_part(catalog: CatalogLayout, summary: PartSummary, storage_options: storage.StorageOptions) -> bool:
+    """Whether the failures that a part speaks of are there, if it speaks of any."""
+    return not summary.failures_name or storage.exists(f"{catalog.failures}/{summary.failures_name}", storage_options)
+
+
 def rewritten(
     uri: str, part: LivePart, change: Callable[[pa.Table], pa.Table], storage_options: storage.StorageOptions
 ) -> LivePart:

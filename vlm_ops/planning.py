@@ -26,7 +26,7 @@ from vlm_ops import storage
 from vlm_ops.contents import digest_of
 from vlm_ops.delta_tables import LivePart, read_columns
 from vlm_ops.inputs import Listing, allowed, in_present_version, pack
-from vlm_ops.parts import PartSummary, read_summary
+from vlm_ops.parts import PartSummary, has_failures_part, read_summary
 from vlm_ops.shards import ReadConfig, read_shard
 from vlm_ops.states import CatalogState, Gone
 
@@ -278,7 +278,10 @@ class _KnownFiles:
     failed: set[str]
 
     def has(self, file: FileRef) -> bool:
-        return self.versions.get(clean_text(file.uri)) == file.version
+        known = self.versions.get(clean_text(file.uri))
+        if file.error and known is not None and known.startswith(allowed(file).entry):
+            return True  # it was let in before: a flag that is forgotten once takes no image away
+        return known == file.version
 
 
 def _known_files(config: PlanConfig, state: CatalogState) -> _KnownFiles:
@@ -344,7 +347,7 @@ def _again(shard: ShardRef, attempts: Mapping[str, int], after_run_id: str) -> S
 
 def _attempts(config: PlanConfig, summary: PartSummary) -> dict[str, int]:
     """How often the images have been tried that failed in an uncommitted part."""
-    if not summary.failures_name:
+    if not summary.failures_name or not has_failures_part(config.catalog, summary, config.read.storage_options):
         return {}
     part = LivePart(summary.failures_name, 0, 0)
     columns = ["uri", "attempts"]

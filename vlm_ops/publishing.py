@@ -37,7 +37,6 @@ from vlm_ops.states import (
 logger = logging.getLogger(__name__)
 
 _NUM_EXAMPLES = 10
-_NUM_RUNS_ASKED = 20
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunM
     summaries = sorted(summaries, key=lambda summary: summary.name)
     num_fewer = _num_fewer(summaries, state)
     if config.action == "retry":  # takes no image away
+        _drop(catalog, [summary.name for summary in summaries if num_fewer[summary.name]], config.storage_options)
         summaries = [summary for summary in summaries if not num_fewer[summary.name]]
     damaged = [summary for summary in summaries if not SHARD_DAMAGE.isdisjoint(summary.num_failures)]
     num_lost = sum(num_fewer[summary.name] for summary in damaged)
@@ -150,6 +150,18 @@ def _num_fewer(summaries: Sequence[PartSummary], state: CatalogState) -> dict[st
     return {each.name: max(before[LivePart(each.name, 0, 0).location_id] - each.num_images, 0) for each in summaries}
 
 
+def _drop(catalog: CatalogLayout, names: Sequence[str], storage_options: storage.StorageOptions) -> None:
+    """Takes back parts of a retry, so that the next one does not find them."""
+    if names:
+        logger.warning(
+            "%d shards gave fewer images than the catalog has of them, and are left as they are: %s",
+            len(names),
+            names[:5],
+        )
+    for name in names:
+        storage.remove(f"{catalog.images}/{name}", storage_options)
+
+
 def _publish(
     catalog: CatalogLayout, config: PublishConfig, state: CatalogState, summaries: Sequence[PartSummary]
 ) -> Commit:
@@ -160,8 +172,7 @@ def _publish(
         raise conflict(catalog.images, f"{state.sequence - config.sequence} commits since this run began")
     parts = parts_after(catalog, state, summaries, config.gone, options)
     check_parts_are_there(catalog, state, parts, options)  # for the index; at the commit once more
-    if not set(state.images) <= set(parts.images):  # what is copied may have lost its first
-        parts = replace(parts, images=with_true_firsts(catalog, parts.images, options))
+    parts = replace(parts, images=with_true_firsts(catalog, parts.images, options))
     if state.commit and set(parts.images) == set(state.images) and set(parts.failures) == set(state.failures):
         return state.commit
     index = state.record.index if state.record else None

@@ -45,10 +45,16 @@ def refused_runs(
 def seconds_per_byte(catalog: CatalogLayout, recipe: Recipe, storage_options: storage.StorageOptions) -> float | None:
     """How long a recipe takes for each byte of input, as the largest of the newest runs tells; None where none is large enough."""
     newest = itertools.islice(_manifests(catalog, storage_options), _NUM_RUNS_ASKED)
-    same = [manifest for manifest in newest if manifest.recipe == recipe and manifest.num_bytes_read >= _MIN_BYTES]
-    if not same:
+    telling = [
+        manifest
+        for manifest in newest
+        if manifest.recipe == recipe
+        and manifest.num_bytes_read >= _MIN_BYTES
+        and manifest.num_images_copied <= 0.1 * manifest.num_images  # copies take a fraction of the time
+    ]
+    if not telling:
         return None
-    largest = max(same, key=lambda manifest: manifest.num_bytes_read)
+    largest = max(telling, key=lambda manifest: manifest.num_bytes_read)
     return largest.wall_sec / largest.num_bytes_read
 
 

@@ -70,7 +70,7 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> fsspe
         if scheme in _GCS:
             return _gcs_filesystem(options)
         return fsspec.filesystem(scheme, **options)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError) as error:  # an unknown scheme, or options that are none
         raise ValueError(f"cannot open {uri!r}: {error}") from error
 
 
@@ -208,6 +208,19 @@ def _check_bucket(uri: str, storage_options: StorageOptions | None) -> None:
                 return  # who may list a folder need not be allowed to list the bucket
             raise unreachable(uri, error) from error
     raise ValueError(f"{uri!r} cannot be made: there is no bucket {bucket}; make it, or name another")
+
+
+@contextlib.contextmanager
+def named(uri: str) -> Iterator[None]:
+    """What storage refuses inside the block is told with the place: libraries say "Forbidden", and no more.
+
+    Raises:
+        ValueError: It may not be read.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise unreachable(uri, error) from error
 
 
 def unreachable(uri: str, error: Exception) -> Exception:
@@ -351,6 +364,7 @@ def delta_options(uri: str, storage_options: StorageOptions | None) -> dict[str,
 
 
 def _delta_options_of_s3(options: Mapping[str, Any]) -> dict[str, str]:
+    options = {**_keys_of_profile(options.get("profile")), **options}
     client = dict(options.get("client_kwargs") or {})
     environment = os.environ
     endpoint = (
@@ -364,6 +378,8 @@ def _delta_options_of_s3(options: Mapping[str, Any]) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": options.get("secret"),
         "AWS_SESSION_TOKEN": options.get("token"),
         "AWS_SKIP_SIGNATURE": "true" if options.get("anon") else None,
+        # With another endpoint Delta would not look into the files, and go in as nobody.
+        "AWS_FORCE_CREDENTIAL_LOAD": "true" if not options.get("key") and not options.get("anon") else None,
         "AWS_REGION": client.get("region_name")
         or environment.get("AWS_REGION")
         or environment.get("AWS_DEFAULT_REGION"),
@@ -374,6 +390,19 @@ def _delta_options_of_s3(options: Mapping[str, Any]) -> dict[str, str]:
     }
     timeout = _delta_timeout((options.get("config_kwargs") or {}).get("read_timeout"))
     return {key: str(value) for key, value in named.items() if value} | timeout
+
+
+def _keys_of_profile(profile: str | None) -> dict[str, str]:
+    """The credentials of a profile in ~/.aws, of which Delta knows nothing."""
+    if not profile:
+        return {}
+    import botocore.session
+
+    credentials = botocore.session.Session(profile=profile).get_credentials()
+    if credentials is None:
+        return {}
+    frozen = credentials.get_frozen_credentials()
+    return {"key": frozen.access_key, "secret": frozen.secret_key, **({"token": frozen.token} if frozen.token else {})}
 
 
 def _delta_options_of_gcs(options: Mapping[str, Any]) -> dict[str, str]:

@@ -218,7 +218,7 @@ def test_a_copy_names_the_first_one(night: Night) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_duplicate_of_stays_true_whatever_happens(night: Night, seed: int) -> None:
-    """It names an image that is there, has the same bytes, and is no copy itself."""
+    """It names an image that is there, has the same bytes, and is no copy itself; also where older parts come back."""
     rng = random.Random(seed)
     night.tar("a", range(10, 13), (("z.jpg", b"x"),))
     names = [f"q{number}.jpg" for number in range(6)]
@@ -235,6 +235,8 @@ def test_duplicate_of_stays_true_whatever_happens(night: Night, seed: int) -> No
         night.build(*(["--prune"] if rng.random() < 0.6 else []))
         if rng.random() < 0.5:
             night.run("retry", str(night.catalog), "--device", "cpu")
+        if rng.random() < 0.3:
+            night.run("rollback", str(night.catalog), rng.choice(night.history())["run"])
         rows = {row["image_id"]: row for row in night.rows().values()}
         for row in rows.values():
             if row["duplicate_of"] is not None:
@@ -335,13 +337,18 @@ def test_a_retry_never_takes_an_image_away(night: Night, caplog: pytest.LogCaptu
     night.build()
     before = night.rows()
     shard = night.folder / "a.tar"
-    status = shard.stat()
-    shard.write_bytes(shard.read_bytes()[:600].ljust(status.st_size, b"\0"))
+    status, whole = shard.stat(), shard.read_bytes()
+    shard.write_bytes(whole[:600].ljust(status.st_size, b"\0"))
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     (night.folder / "b.tar").rename(night.folder / "away")
     assert "changes    0 added, 0 changed, 0 removed" in night.run("retry", str(night.catalog), "--device", "cpu")
     assert night.rows() == before and set(night.failures()) == {"a.tar#bad.jpg", "b.tar#bad.jpg"}
     assert "1 shards are not there, or have changed since they failed" in caplog.text
+    assert "1 shards gave fewer images than the catalog has of them" in caplog.text
+    shard.write_bytes(whole)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    night.run("retry", str(night.catalog), "--device", "cpu")
+    assert night.failures()["a.tar#bad.jpg"]["attempts"] == 2 and night.rows().keys() == before.keys()
 
 
 def test_a_retry_after_a_rollback_tries_again(night: Night) -> None:
@@ -432,6 +439,37 @@ def test_an_input_that_is_empty_is_not_pruned(night: Night) -> None:
     assert f"--prune would remove all that the catalog has of {night.photos}" in message and len(night.rows()) == 10
 
 
+def test_a_list_that_is_empty_is_not_pruned(night: Night) -> None:
+    listed = night.folder / "list.csv"
+    listed.write_text("path\nphotos/p0.jpg\n")
+    inputs = (listed, night.folder / "a.tar")
+    night.build(inputs=inputs)
+    listed.write_text("path\n")
+    assert f"--prune would remove all that the catalog has of {listed}" in night.build("--prune", inputs=inputs, code=2)
+
+
+def test_a_scheme_that_is_forgotten_once_takes_no_image_away(night: Night) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/x/a.jpg", jpeg(90))
+    try:
+        listed = night.folder / "list.jsonl"
+        listed.write_text(json.dumps({"url": "memory://x/a.jpg"}) + "\n")
+        night.build("--allowed_schemes", "file,memory", inputs=(night.photos, listed))
+        assert "nothing to do" in night.build(inputs=(night.photos, listed)) and len(night.rows()) == 5
+    finally:
+        fsspec.filesystem("memory").rm("/x", recursive=True)
+
+
+def test_a_part_without_its_failures_is_computed_again(night: Night) -> None:
+    (night.photos / "bad.jpg").write_bytes(b"x")
+    assert "nothing was published" in night.build("--max_failure_rate", "0", code=3)
+    for path in (night.catalog / "failures").glob("part-*"):
+        path.unlink()
+    night.build()
+    assert set(night.failures()) == {"bad.jpg"} and len(night.rows()) == 10
+
+
 def test_a_catalog_is_apart_from_its_inputs(night: Night) -> None:
     night.catalog = night.folder
     (night.folder / "images").mkdir()
@@ -485,6 +523,9 @@ def test_clean_removes_what_no_kept_state_needs(night: Night) -> None:
     )
     own = night.catalog / "images" / "holiday.jpg"
     own.write_bytes(jpeg(1))
+    foreign = night.catalog / "indexes" / "mine" / "manifest.json"
+    foreign.parent.mkdir()
+    foreign.write_text("{}")
     old, new = night.history()[::-1]
     assert "deleted 0 files" in night.run("clean", str(night.catalog))  # all of it is young
     assert "would delete 5 files (images 2, indexes 3)" in night.run(
@@ -493,7 +534,7 @@ def test_clean_removes_what_no_kept_state_needs(night: Night) -> None:
     files = set(stored_files(CatalogLayout(str(night.catalog)), {}))
     assert "deleted 5 files" in night.run("clean", str(night.catalog), "--older_than", "0d")
     left = set(stored_files(CatalogLayout(str(night.catalog)), {}))
-    assert own.exists()  # what is not Beamsight's is not its to delete
+    assert own.exists() and foreign.exists()  # what is not Beamsight's is not its to delete
     assert not any(old["run"] in path or path.endswith(".tmp") for path in left) and len(files - left) == 5
     assert not (night.catalog / "indexes" / old["run"]).exists()
     assert len(night.rows()) == 12 and night.indexed() == {row["image_id"] for row in night.rows().values()}

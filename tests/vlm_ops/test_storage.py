@@ -307,7 +307,7 @@ def test_delta_gets_the_credentials_of_s3(environment: pytest.MonkeyPatch) -> No
         "aws_conditional_put": "etag",
     }
     assert told("s3://bucket/c", options) == told("s3a://bucket/c", options) == expected
-    assert told("s3://bucket/c", None) == {"aws_conditional_put": "etag"}
+    assert told("s3://bucket/c", None) == {"aws_conditional_put": "etag", "AWS_FORCE_CREDENTIAL_LOAD": "true"}
     assert told("s3://bucket/c", {"anon": True})["AWS_SKIP_SIGNATURE"] == "true"
     environment.setattr(fsspec.config, "conf", {"s3": {"key": "configured"}})
     assert told("s3://bucket/c", None)["AWS_ACCESS_KEY_ID"] == "configured"
