@@ -478,9 +478,10 @@ def _compact_writer(
     words = words_of(data, options.min_word_count, class_names)
     if not words:
         raise ValueError(f"no word stands {options.min_word_count} times in the captions; lower --min_word_count")
+    # A grid with more channels than the features, which are its mean, has those of colours behind them.
     shapes = DecoderConfig(
         dims["features"], dims["grid"], dims["embedding"], num_cells, words, width=options.hidden_dim,
-        dropout=options.dropout,
+        dropout=options.dropout, color_dim=max(0, dims["grid"] - dims["features"]),
     )  # fmt: skip
     writer = CaptionDecoder(shapes)
     if describe_model(options.model).encodes_text:

@@ -13,9 +13,12 @@ from vlm_ops.models.decoder_engine import DecoderEngine
 WORDS = ("a", "dog", "runs")
 
 
+COLORED = ("a", "blue", "dog", "red", "runs")
+
+
 def decoder(max_words: int = 4, seed: int = 0, words: tuple[str, ...] = WORDS) -> CaptionDecoder:
     torch.manual_seed(seed)
-    config = DecoderConfig(5, 6, 3, 4, words, width=16, num_heads=2, dropout=0.0, max_words=max_words)
+    config = DecoderConfig(5, 6, 3, 4, words, width=16, num_heads=2, dropout=0.0, max_words=max_words, color_dim=4)
     made = CaptionDecoder(config).eval()
     with torch.no_grad():  # far from uniform, so that ties are out of the question
         made.embedding.weight.normal_(std=0.7)
@@ -86,7 +89,7 @@ def test_onnx_runtime_writes_what_torch_writes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("BEAMSIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "decoder"))  # both cases share a graph
-    model, images = decoder(max_words=6), inputs(5)
+    model, images = decoder(max_words=6, words=COLORED), inputs(5)
     engine = DecoderEngine(model, "decoder")
     assert "runs through torch" not in caplog.text
     written, expected = engine.write(images, num_beams), model.write(images, num_beams)
@@ -104,6 +107,62 @@ def test_sentences_of_one_image_do_not_see_each_other() -> None:
         torch.testing.assert_close(
             model.log_probs(images, ids[:, sentence : sentence + 1])[:, 0], together[:, sentence]
         )
+
+
+def test_colours_are_learnt_from_the_cells_that_have_them_and_read_by_the_writer() -> None:
+    """A thing's colour stands in one cell of four, on a ground of any colour; no sentence teaches which."""
+    model = decoder(words=COLORED)
+    assert model.config.colors == ["blue", "red"] and model.config.num_tokens == 4 + 3
+    images = inputs(64)
+    rows, thing = torch.arange(64), torch.randint(0, 4, (64,), generator=torch.Generator().manual_seed(2))
+    images["grid"][:, :, 0] = 0.0
+    images["grid"][rows, thing, 0] = 3.0
+    red = rows % 2 == 0
+    images["grid"][rows, thing, 5] = red.float()
+    captions = [["a red dog runs" if each else "a blue dog", "a dog"] for each in red]
+    optimizer = torch.optim.Adam(model.train().parameters(), 0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        model.color_loss(images, captions, 0.0).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    assert model.color_namer is not None
+    named = model.eval().color_namer(torch.log1p(images["grid"])).argmax(1) == 1
+    assert (named == red).float().mean() > 0.9
+    optimizer.zero_grad()
+    memory = model.memory(images)
+    assert memory.shape == (64, 7, 16)
+    memory.pow(2).sum().backward()
+    assert model.from_colors is not None and model.from_colors.weight.grad.any()  # type: ignore[union-attr]
+    assert all(each.grad is None for each in model.color_namer.parameters())
+
+
+def test_colours_say_which_colour_and_not_whether_one() -> None:
+    model, images = decoder(words=COLORED), inputs()
+    ids = model.encode([["a red dog"], ["red runs"], ["a dog"]])
+    with torch.no_grad():
+        seen = model.color_namer(torch.log1p(images["grid"])).log_softmax(1)  # type: ignore[misc]
+        plain = model(images, ids[:, :, :-1]).softmax(-1)[:, 0]
+        steps, past, read = [], model._no_past(3, 1), model.read(images)
+        for position in range(ids.shape[2] - 1):
+            log_probs, past = model.step(read, past, ids[:, :, position], torch.tensor([position]))
+            steps.append(log_probs[:, 0].exp())
+        colored = torch.stack(steps, dim=1)
+        blue, red = model.color_ids.tolist()
+        others = [word for word in range(len(model.vocabulary)) if word not in (blue, red)]
+        torch.testing.assert_close(colored[..., others], plain[..., others])
+        torch.testing.assert_close(colored.sum(2), torch.ones(3, 4))
+        ratio = plain[..., red] / plain[..., blue] * (seen[:, 1] - seen[:, 0]).exp()[:, None] ** 2
+        torch.testing.assert_close(colored[..., red] / colored[..., blue], ratio, rtol=1e-4, atol=0)
+        expected = colored.log().gather(2, ids[:, 0, 1:, None])[..., 0] * (ids[:, 0, 1:] != Vocabulary.PAD)
+        torch.testing.assert_close(model.log_probs(images, ids)[:, 0], expected.sum(1))
+
+
+def test_without_colours_there_is_nothing_to_name() -> None:
+    """Neither in captions that name none, nor in a vocabulary, nor in a model of before."""
+    model, images = decoder(words=COLORED), inputs()
+    assert model.color_loss(images, [["a dog"]] * 3, 0.1) == 0.0
+    assert decoder().color_namer is None and decoder().config.num_tokens == 4 + 2
+    assert CaptionDecoder(DecoderConfig(5, 6, 3, 4, COLORED, width=16, num_heads=2)).color_namer is None
 
 
 def test_the_vocabulary() -> None:

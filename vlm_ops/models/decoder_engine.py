@@ -29,9 +29,11 @@ class DecoderEngine:
         if config.embedding_dim:
             inputs["embedding"] = torch.rand(2, config.embedding_dim)
         self._names = tuple(inputs)
-        width, heads, num_cells = config.width // config.num_heads, config.num_heads, config.num_cells + len(inputs) - 1
+        width, heads, num_tokens = config.width // config.num_heads, config.num_heads, config.num_tokens
         layers = range(config.decoder_layers)
         self._read_names = [f"{kind}_{layer}" for layer in layers for kind in ("keys", "values")]
+        num_states = len(self._read_names)
+        self._read_names += ["colors"] if config.colors else []
         self._read = make_forward(
             f"{name}-keys",
             lambda: _Read(decoder),
@@ -40,9 +42,13 @@ class DecoderEngine:
             "cpu",
             range(len(self._read_names)),
         )
-        shapes = {"keys": (2, heads, width, num_cells), "values": (2, heads, num_cells, width)}
+        shapes = {
+            "keys": (2, heads, width, num_tokens),
+            "values": (2, heads, num_tokens, width),
+            "colors": (2, len(config.colors)),
+        }
         examples = {
-            "past": torch.rand(2, 3, len(self._read_names), heads, 4, width),
+            "past": torch.rand(2, 3, num_states, heads, 4, width),
             "words": torch.full((2, 3), 4),
             "position": torch.tensor([4]),
             **{key: torch.rand(shapes[key.partition("_")[0]]) for key in self._read_names},

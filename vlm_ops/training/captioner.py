@@ -84,9 +84,12 @@ class CaptionerTask:
             [sentences[row] for row in np.resize(rows, count)] for rows in self._data.draw_captions(images, count, rng)
         ]
         inputs: Mapping[str, torch.Tensor] = self._data.drawn_inputs(images, rng, self._device)
-        if config.objective == "cider":  # both losses read the same images
+        names_colors = hasattr(self.module.writer, "color_loss")
+        if config.objective == "cider" or names_colors:  # all losses read the same images
             inputs = self.module.inputs(inputs)
         loss = self.module.loss(inputs, chosen, config.label_smoothing)
+        if names_colors:  # of photos alone: pseudo-images have no colours of their own
+            loss = loss + self.module.writer.color_loss(inputs, chosen, config.label_smoothing)
         if self._pseudo is not None:
             rows = rng.permutation(len(self._pseudo.names))[: config.pseudo_images]
             pseudo = self._pseudo.image_inputs(rows, config.pseudo_noise, rng, self._device)

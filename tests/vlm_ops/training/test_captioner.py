@@ -66,6 +66,29 @@ def test_every_image_is_taught_as_many_of_its_own_captions() -> None:
     np.testing.assert_array_equal(inputs["features"], data.images["features"][[5, 0, 1]])
 
 
+def test_colours_are_learnt_of_photos_alone() -> None:
+    class Painter(Parrot):
+        def inputs(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            return inputs
+
+        def color_loss(
+            self, inputs: Mapping[str, torch.Tensor], captions: list[list[str]], label_smoothing: float
+        ) -> torch.Tensor:
+            painted.append((inputs["features"], captions, label_smoothing))
+            return torch.tensor(100.0)
+
+    painter, data = Painter(), images()
+    painted: list[tuple[torch.Tensor, list[list[str]], float]] = []
+    features = np.arange(15, dtype=np.float32).reshape(3, 5)
+    pseudo = PseudoImages(["otter", "vase", "oboe"], features, np.ones(5, np.float32), None, features, features)
+    config = CaptioningConfig(pseudo_weight=0.5, pseudo_images=2, label_smoothing=0.2)
+    task = CaptionerTask(painter, data, data, config, "cpu", pseudo)  # type: ignore[arg-type]
+    assert task.loss(np.arange(4), np.random.default_rng(0)).item() == 1 + 100 + 0.5 * 2
+    ((seen, captions, smoothing),) = painted
+    np.testing.assert_array_equal(seen, data.images["features"][:4])
+    assert captions == painter.taught[0][1] and smoothing == 0.2
+
+
 def test_pseudo_images_are_taught_their_sentences() -> None:
     parrot, data = Parrot(), images()
     features = np.arange(15, dtype=np.float32).reshape(3, 5)
