@@ -44,7 +44,7 @@ def run(options: RetryOptions) -> int:
     if not plan.shards:
         print(f"nothing to retry in the catalog {catalog.root}")
         return EXIT_OK
-    return execute(
+    code = execute(
         Run(
             catalog=catalog,
             recipe=recipe,
@@ -62,6 +62,9 @@ def run(options: RetryOptions) -> int:
         ),
         state,
     )
+    left = existing_state(catalog, options.storage_options).record
+    print(f"left       {left.num_failures if left else 0} failures in the catalog")
+    return code
 
 
 if __name__ == "__main__":
