@@ -24,7 +24,7 @@ from tests.conftest import jpeg, tar_bytes
 from vlm_ops.states import current_state
 
 ROOT = Path(__file__).parents[2]
-NUM_SHARDS, PER_SHARD = 24, 6
+NUM_SHARDS, PER_SHARD = 48, 6
 SECONDS_A_BATCH = 0.1
 
 
@@ -36,7 +36,7 @@ def corpus(tmp_path: Path) -> Path:
     for number in range(NUM_SHARDS // 2):
         write_shard(folder, number)
     for seed in range(4):
-        (folder / "photos" / f"p{seed}.jpg").write_bytes(jpeg(1000 + seed))
+        (folder / "photos" / f"p{seed}.jpg").write_bytes(jpeg(8000 + seed))
     return folder
 
 
@@ -52,7 +52,7 @@ def second_night(folder: Path) -> None:
     write_shard(folder, 0, first=2)
     (folder / "01.tar").unlink()
     (folder / "photos" / "p0.jpg").unlink()
-    (folder / "photos" / "new.jpg").write_bytes(jpeg(2000))
+    (folder / "photos" / "new.jpg").write_bytes(jpeg(9000))
 
 
 def command(corpus: Path, catalog: Path) -> list[str]:
@@ -145,10 +145,14 @@ def commit_has_begun(catalog: Path) -> Iterator[tuple[str, Callable[[], bool]]]:
         yield name, lambda name=name: bool(set(catalog.glob(name)) - before[name])  # type: ignore[misc]
 
 
-# While the index is being written; when it is whole; between the two tables; right after the commit.
+# When the index is begun; when it is whole; between the two tables; right after the commit.
 MOMENTS = (
-    "indexes/*/.*.tmp", "indexes/*/manifest.json", "failures/_delta_log/*.json", "images/_delta_log/*.json",
+    "indexes/*", "indexes/*/manifest.json", "failures/_delta_log/*.json", "images/_delta_log/*.json",
 )  # fmt: skip
+
+
+def num_parts(catalog: Path) -> int:
+    return sum(1 for _ in catalog.glob("images/part-*"))
 
 
 def kill_when(process: subprocess.Popen, has_come: Callable[[], bool]) -> bool:
@@ -173,7 +177,7 @@ def test_a_command_that_is_killed_again_and_again(
     build(corpus, undisturbed)
     rng = random.Random(num_kills)
     finished: dict[Path, tuple[int, int]] = {}  # parts: inode and time of writing
-    kills = 0
+    kills, first_parts = 0, num_parts(catalog)
     moments = [*(lambda: False for _ in range(num_kills - len(MOMENTS))), *(f for _, f in commit_has_begun(catalog))]
     with Reader(catalog) as reader:
         for number, has_come in enumerate(moments):
@@ -185,7 +189,12 @@ def test_a_command_that_is_killed_again_and_again(
                 if rng.random() < 0.8:
                     process.stderr.readline()  # it has planned
                 limit = time.monotonic() + rng.uniform(0, 1.5)
-                kills += kill_when(process, lambda limit=limit: time.monotonic() > limit)  # type: ignore[misc]
+                # However fast the machine is, some work is left for each of the kills to come.
+                enough = first_parts + NUM_SHARDS // 2 - (num_kills - len(MOMENTS) - number)
+                kills += kill_when(
+                    process,
+                    lambda limit=limit, enough=enough: time.monotonic() > limit or num_parts(catalog) >= enough,  # type: ignore[misc]
+                )
             else:
                 kills += kill_when(process, has_come)
             for path, identity in finished.items():
@@ -206,7 +215,9 @@ def test_of_two_builds_at_once_one_wins(corpus: Path, tmp_path: Path, capsys: py
     build(corpus, catalog)
     second_night(corpus)
     with Reader(catalog) as reader:
-        both = [start(corpus, catalog, seconds=SECONDS_A_BATCH) for _ in range(2)]
+        both = [
+            start(corpus, catalog, seconds=3 * SECONDS_A_BATCH) for _ in range(2)
+        ]  # they overlap, however they start
         errors = [process.communicate(timeout=180)[1] for process in both]
     codes = [process.returncode for process in both]
     assert sorted(codes) == [0, 1], errors
