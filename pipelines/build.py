@@ -17,12 +17,11 @@ from tqdm import tqdm
 from pipelines.options import BuildOptions, input_config, read_config, recipe_of
 from pipelines.runs import EXIT_OK, Run, execute
 from schemas.catalog import CatalogLayout
-from schemas.recipes import Recipe
 from vlm_ops import storage
 from vlm_ops.inputs import Listing, list_inputs
 from vlm_ops.models import resolve_device
 from vlm_ops.ops import default_ops, plan_ops
-from vlm_ops.planning import Plan, PlanConfig, plan_inputs, with_changed_bytes, with_refused_parts
+from vlm_ops.planning import Plan, PlanConfig, kept_inputs, plan_inputs, with_changed_bytes, with_refused_parts
 from vlm_ops.run_manifests import refused_runs, seconds_per_byte
 from vlm_ops.states import CatalogState, current_state
 
@@ -48,10 +47,11 @@ def run(options: BuildOptions) -> int:
     state = current_state(catalog, options.storage_options)
     config = PlanConfig(catalog, recipe, read_config(options), options.files_per_shard, options.num_workers)
     plan = plan_inputs(config, state, listing)
-    _check_recipe(recipe, state, plan, catalog, options)
+    _check_recipe(config, state, plan, options)
     if options.verify_content:
         plan = _with_changed_bytes(config, state, listing, plan)
-    plan = with_refused_parts(config, plan, refused_runs(catalog, options.storage_options))
+    if plan.shards:
+        plan = with_refused_parts(config, plan, refused_runs(catalog, options.storage_options))
     if options.dry_run:
         print(describe(plan, config, state, options))
         return EXIT_OK
@@ -133,23 +133,21 @@ def _check_inputs(listing: Listing, catalog: CatalogLayout, options: BuildOption
         )
 
 
-def _check_recipe(
-    recipe: Recipe, state: CatalogState, plan: Plan, catalog: CatalogLayout, options: BuildOptions
-) -> None:
+def _check_recipe(config: PlanConfig, state: CatalogState, plan: Plan, options: BuildOptions) -> None:
     """A catalog holds rows of one recipe: vectors of two encoders cannot be searched together. So another recipe
     computes all of them anew, if all of them are among the inputs."""
     if not plan.num_recomputed or state.record is None:
         return
-    old = state.record.recipe
+    recipe, root, old = config.recipe, config.catalog.root, state.record.recipe
     why = "; ".join(old.differences(recipe))
     if options.no_recompute:
         raise ValueError(
-            f"{catalog.root} holds {plan.num_recomputed} images of recipe {old.recipe_id}, but these options make recipe "
+            f"{root} holds {plan.num_recomputed} images of recipe {old.recipe_id}, but these options make recipe "
             f"{recipe.recipe_id} ({why}); use the old options, leave out --no_recompute to compute the images anew, or name another catalog"
         )
     if plan.num_gone and not options.prune:
         raise ValueError(
-            f"these options make recipe {recipe.recipe_id} instead of {old.recipe_id} ({why}), so that all images of {catalog.root} "
+            f"these options make recipe {recipe.recipe_id} instead of {old.recipe_id} ({why}), so that all images of {root} "
             f"have to be computed anew, but {plan.num_gone} of them are not among the inputs; give their inputs too, "
             "remove them with --prune, or name another catalog"
         )
@@ -157,12 +155,9 @@ def _check_recipe(
 
 
 def _with_changed_bytes(config: PlanConfig, state: CatalogState, listing: Listing, plan: Plan) -> Plan:
-    kept = {shard.uri: shard.num_bytes for shard in listing.shards}
-    kept |= {file.uri: file.num_bytes for files in listing.files.values() for file in files}
-    for shard in plan.shards:
-        for uri in (shard.uri, *(file.uri for file in shard.files)):
-            kept.pop(uri, None)
-    with _comparing(len(kept), sum(kept.values())) as advance:
+    shards, files = kept_inputs(listing, plan)
+    sizes = [shard.num_bytes for shard in shards] + [file.num_bytes for _, file in files]
+    with _comparing(len(sizes), sum(sizes)) as advance:
         return with_changed_bytes(config, state, listing, plan, advance)
 
 

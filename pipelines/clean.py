@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pipelines.options import CleanOptions
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
-from vlm_ops.cleaning import unneeded_files
+from vlm_ops.cleaning import remove, unneeded_files
 
 
 def run(options: CleanOptions) -> int:
@@ -22,10 +22,7 @@ def run(options: CleanOptions) -> int:
     since = datetime.now(timezone.utc) - options.older_than
     files = unneeded_files(catalog, since, options.storage_options)
     if not options.dry_run:
-        # Images first: a part says that its failures are there.
-        for folder in ("images", "failures", "indexes", "runs"):
-            uris = [f"{catalog.root}/{file.path}" for file in files if file.path.startswith(f"{folder}/")]
-            storage.remove_all(uris, options.storage_options)
+        remove(catalog, files, options.storage_options)
     counts = Counter(file.path.split("/")[0] for file in files)
     told = ", ".join(f"{folder} {count}" for folder, count in sorted(counts.items())) or "none"
     verb = "would delete" if options.dry_run else "deleted"

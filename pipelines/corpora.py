@@ -19,7 +19,7 @@ from pipelines.progress import Progress
 from schemas.catalog import CatalogLayout
 from schemas.recipes import Recipe
 from schemas.tables import INDEX_ROW_COLUMNS
-from vlm_ops.delta_tables import LivePart, read_columns
+from vlm_ops.delta_tables import read_columns
 from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.inputs import list_inputs, pack
 from vlm_ops.models.onnx_engine import cache_dir
@@ -55,8 +55,7 @@ def encode_corpus(
             summary = enricher.enrich(shard, lambda images, size, shard=shard: progress.advance(shard, images, size))  # type: ignore[misc]
             progress.finish(shard, summary.num_images)
             num_failed += summary.num_failed_images
-            part = LivePart(summary.name, summary.num_images, summary.num_bytes)
-            tables += [table for _, table in read_columns(catalog.images, [part], columns, {})]
+            tables += [table for _, table in read_columns(catalog.images, [summary.images], columns, {})]
     if num_failed:
         logger.warning("%d images failed and are left out", num_failed)
     table = pa.concat_tables(tables)

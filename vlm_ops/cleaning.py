@@ -15,6 +15,8 @@ from schemas.catalog import CatalogLayout, is_data_file
 from vlm_ops import storage
 from vlm_ops.states import CatalogState, commits, state_of
 
+_FOLDERS = ("images", "failures", "indexes", "runs")
+
 
 @dataclass(frozen=True)
 class StoredFile:
@@ -36,7 +38,7 @@ def _stored_files(catalog: CatalogLayout, storage_options: storage.StorageOption
     fs.invalidate_cache()
     root = fs._strip_protocol(catalog.root).rstrip("/")
     found: dict[str, StoredFile] = {}
-    for folder in ("images", "failures", "indexes", "runs"):
+    for folder in _FOLDERS:
         for name, info in fs.find(f"{root}/{folder}", detail=True).items():
             path = name[len(root) + 1 :]
             if is_data_file(path):
@@ -77,6 +79,15 @@ def unneeded_files(
         for path, file in sorted(files.items())
         if path not in needed and _directory(path) not in needed and file.written_at < since
     ]
+
+
+def remove(catalog: CatalogLayout, files: Iterable[StoredFile], storage_options: storage.StorageOptions) -> None:
+    """Removes files; the images first, since a part says that its failures are there."""
+    by_folder: dict[str, list[str]] = {folder: [] for folder in _FOLDERS}
+    for file in files:
+        by_folder[file.path.partition("/")[0]].append(f"{catalog.root}/{file.path}")
+    for uris in by_folder.values():
+        storage.remove_all(uris, storage_options)
 
 
 def _directory(path: str) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from schemas.catalog import PartName, parse_part_name
 from vlm_ops import storage
 
 _APPLICATION = "beamsight"
+_NEWEST_ENTRIES = 8  # what is looked for in a log is nearly always among these
 
 
 class CommitConflictError(RuntimeError):
@@ -147,7 +149,7 @@ def _set_live(
         table = _create(uri, schema, storage_options)
     live = live_parts(table)
     names, live_names = {part.name for part in parts}, {part.name for part in live}
-    if names == live_names and has_committed(table, run_id):
+    if names == live_names and _has_committed(table, run_id):
         return _version_of(table, run_id)
     sequence = sequence_of(table)
     if expected is not None and sequence != expected:
@@ -170,14 +172,22 @@ def _set_live(
         table.create_write_transaction(actions, "append", table.schema(), commit_properties=properties)
     except CommitFailedError:
         table.update_incremental()
-        if not has_committed(table, run_id):  # else it is this very commit that it met
+        if not _has_committed(table, run_id):  # else it is this very commit that it met
             raise
     return _version_of(table, run_id)
 
 
 def _version_of(table: DeltaTable, run_id: str) -> int:
     storage.persistent(table.update_incremental)()
-    return next(each["version"] for each in storage.persistent(table.history)() if each.get("run_id") == run_id)
+    return next(each["version"] for each in log_entries(table) if each.get("run_id") == run_id)
+
+
+def log_entries(table: DeltaTable) -> Iterator[dict[str, Any]]:
+    """Entries of the table's log, newest first. An entry is a file: of a long log only as many are read as are asked for."""
+    newest = storage.persistent(table.history)(_NEWEST_ENTRIES)
+    yield from newest
+    if len(newest) == _NEWEST_ENTRIES:
+        yield from storage.persistent(table.history)()[_NEWEST_ENTRIES:]
 
 
 def conflict(uri: str, detail: str) -> CommitConflictError:
@@ -191,8 +201,8 @@ def sequence_of(table: DeltaTable | None) -> int:
     return (table.transaction_version(_APPLICATION) or 0) if table else 0
 
 
-def has_committed(table: DeltaTable | None, run_id: str) -> bool:
-    return table is not None and table.transaction_version(run_id) is not None
+def _has_committed(table: DeltaTable, run_id: str) -> bool:
+    return table.transaction_version(run_id) is not None
 
 
 def _create(uri: str, schema: pa.Schema, storage_options: storage.StorageOptions) -> DeltaTable:

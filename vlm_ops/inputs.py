@@ -128,15 +128,14 @@ def list_inputs(config: InputConfig) -> Listing:
     listed: set[str] = set()
     empty_lists: list[str] = []
     passed_over: Counter[str] = Counter()
-    empty_patterns: list[str] = []
+    used: set[str] = set()
     for pattern in config.patterns:
-        empty_patterns.append(pattern)
         for origin, found, sidecars in _expand(pattern, config):
             if found.format == "other":
                 passed_over[posixpath.splitext(found.uri)[1].lower()] += 1
                 continue
             if found.format in ("tar", "parquet"):
-                empty_patterns = [each for each in empty_patterns if each != pattern]
+                used.add(pattern)
                 shards[found.uri] = ShardRef(found.uri, found.format, found.version, found.size)
                 continue
             is_list = found.format == "list"
@@ -144,7 +143,7 @@ def list_inputs(config: InputConfig) -> Listing:
             if is_list:
                 refs = in_present_version(list(_read_list(found, config)), config.storage_options)
             if refs:
-                empty_patterns = [each for each in empty_patterns if each != pattern]
+                used.add(pattern)
             else:
                 empty_lists.append(found.uri)
             place = found.uri if is_list else origin
@@ -162,12 +161,8 @@ def list_inputs(config: InputConfig) -> Listing:
         raise ValueError(f"the list {empty_lists[0]} has no entry; give one that names images")
     if not shards and not ordered:
         raise ValueError(f"no images, tars, Parquet files or lists in {' '.join(config.patterns)}")
-    return Listing(
-        tuple(shards[uri] for uri in sorted(shards)),
-        ordered,
-        dict(passed_over),
-        tuple(dict.fromkeys([*empty_patterns, *empty_lists])),
-    )
+    empty = dict.fromkeys([*(pattern for pattern in config.patterns if pattern not in used), *empty_lists])
+    return Listing(tuple(shards[uri] for uri in sorted(shards)), ordered, dict(passed_over), tuple(empty))
 
 
 def _check_schemes(schemes: Iterable[str]) -> None:

@@ -68,6 +68,18 @@ class PartSummary:
     content_digest: str = ""
     is_reused: bool = False
 
+    @property
+    def images(self) -> LivePart:
+        """The images part, as the table is told of it."""
+        return LivePart(self.name, self.num_images, self.num_bytes)
+
+    @property
+    def failures(self) -> LivePart | None:
+        """The failures part likewise; None where there is none."""
+        if not self.failures_name:
+            return None
+        return LivePart(self.failures_name, sum(self.num_failures.values()), self.failures_num_bytes)
+
 
 class PartWriter:
     """Collects the rows and failures of one shard. Use through `writing_part`."""

@@ -6,7 +6,6 @@ nothing is read but what the catalog says of itself; only where bytes are to be 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from schemas.manifests import RunManifest
 from schemas.recipes import Recipe
 from schemas.samples import HARMLESS_REASONS, FileRef, Sample, ShardRef, clean_text, digest
 from vlm_ops import storage
-from vlm_ops.contents import digest_of
+from vlm_ops.contents import digest_of, sha256_of
 from vlm_ops.delta_tables import LivePart, read_columns
 from vlm_ops.inputs import Listing, allowed, in_present_version, pack
 from vlm_ops.parts import PartSummary, has_failures_part, read_summary
@@ -61,9 +60,6 @@ class Counts:
 
     def __str__(self) -> str:
         return f"{self.shards} shard file{'s' * (self.shards != 1)}, {self.files} single file{'s' * (self.files != 1)}"
-
-    def __bool__(self) -> bool:
-        return bool(self.shards or self.files)
 
 
 @dataclass(frozen=True)
@@ -136,6 +132,14 @@ def plan_inputs(config: PlanConfig, state: CatalogState, listing: Listing) -> Pl
     )
 
 
+def kept_inputs(listing: Listing, plan: Plan) -> tuple[list[ShardRef], list[tuple[str, FileRef]]]:
+    """The inputs that a plan leaves as they are: shard files, and single files with their places."""
+    todo = {shard.shard_id for shard in plan.shards}
+    planned = {file.uri for shard in plan.shards for file in shard.files}
+    shards = [shard for shard in listing.shards if shard.shard_id not in todo]
+    return shards, [(place, file) for place, each in listing.files.items() for file in each if file.uri not in planned]
+
+
 def with_changed_bytes(
     config: PlanConfig, state: CatalogState, listing: Listing, plan: Plan, advance: Advance = lambda num_bytes: None
 ) -> Plan:
@@ -146,11 +150,8 @@ def with_changed_bytes(
     Args:
         advance: Called with the size of each input that has been read.
     """
-    todo = {shard.shard_id for shard in plan.shards}
-    planned = {file.uri for shard in plan.shards for file in shard.files}
-    shards = [shard for shard in listing.shards if shard.shard_id not in todo]
+    shards, files = kept_inputs(listing, plan)
     parts = {part.shard_id: part for part in state.images}
-    files = [(place, file) for place, each in listing.files.items() for file in each if file.uri not in planned]
     rows = _rows_of_files(config, state)
     with ThreadPoolExecutor(config.num_threads) as pool:
         digests = pool.map(lambda shard: _digest_of_shard(shard, config, advance), shards)
@@ -198,7 +199,7 @@ def with_refused_parts(config: PlanConfig, plan: Plan, refused: Sequence[RunMani
         parsed = parse_part_name(name)
         if summary and parsed and parsed.recipe_id == config.recipe.recipe_id:
             if summary.num_failed_images:
-                uncommitted.append(LivePart(summary.name, summary.num_images, summary.num_bytes))
+                uncommitted.append(summary.images)
                 shard = _again(shard, _attempts(config, summary), run_id)
             else:
                 shard = replace(shard, revision=parsed.revision)
@@ -305,22 +306,26 @@ def _rows_of_files(config: PlanConfig, state: CatalogState) -> dict[str, str]:
     told: dict[str, str] = {}
     for _, rows in read_columns(config.catalog.images, packed, columns, config.read.storage_options):
         for row in rows.to_pylist():
-            told[row["uri"]] = digest(
-                row["content_sha256"] or "", row["source_metadata"] or "", *(row["source_captions"] or ())
+            told[row["uri"]] = _digest_of_row(
+                row["content_sha256"] or "", row["source_metadata"], row["source_captions"] or ()
             )
     return told
+
+
+def _digest_of_row(content_sha256: str, metadata: str | None, captions: Sequence[str]) -> str:
+    """A hash of a single file and of what stands beside it."""
+    return digest(content_sha256, metadata or "", *captions)
 
 
 # --- reading inputs to compare their bytes --------------------------------------------------------
 
 
 def _digest_of_file(place: str, file: FileRef, config: PlanConfig, advance: Advance) -> str:
-    """A hash of a single file and of what stands beside it; empty where it cannot be read."""
+    """`_digest_of_row` of a single file as it is now; empty where it cannot be read."""
     told = ""
     for item in read_shard(ShardRef(place, "files", "", 0, (file,)), config.read):
         if isinstance(item, Sample):
-            content = hashlib.sha256(item.data).hexdigest()
-            told = digest(content, clean_text(item.metadata or ""), *(clean_text(each) for each in item.captions))
+            told = _digest_of_row(sha256_of(item.data), item.metadata, item.captions)
     advance(file.num_bytes)
     return told
 
@@ -347,9 +352,9 @@ def _again(shard: ShardRef, attempts: Mapping[str, int], after_run_id: str) -> S
 
 def _attempts(config: PlanConfig, summary: PartSummary) -> dict[str, int]:
     """How often the images have been tried that failed in an uncommitted part."""
-    if not summary.failures_name or not has_failures_part(config.catalog, summary, config.read.storage_options):
+    part = summary.failures
+    if part is None or not has_failures_part(config.catalog, summary, config.read.storage_options):
         return {}
-    part = LivePart(summary.failures_name, 0, 0)
     columns = ["uri", "attempts"]
     ((_, rows),) = read_columns(config.catalog.failures, [part], columns, config.read.storage_options)
     return dict(zip(rows.column("uri").to_pylist(), rows.column("attempts").to_pylist(), strict=True))

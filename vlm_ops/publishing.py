@@ -15,7 +15,7 @@ from schemas.manifests import IndexManifest, RunManifest
 from schemas.recipes import Recipe
 from schemas.samples import SHARD_DAMAGE, to_json
 from vlm_ops import storage
-from vlm_ops.delta_tables import LivePart, conflict
+from vlm_ops.delta_tables import conflict
 from vlm_ops.duplicates import with_true_firsts
 from vlm_ops.faiss_index import build_index
 from vlm_ops.ops import schema_of
@@ -147,7 +147,7 @@ def _num_fewer(summaries: Sequence[PartSummary], state: CatalogState) -> dict[st
     before: Counter[str | None] = Counter()
     for part in state.images:
         before[part.location_id] += 0 if part.is_packed else part.num_rows
-    return {each.name: max(before[LivePart(each.name, 0, 0).location_id] - each.num_images, 0) for each in summaries}
+    return {each.name: max(before[each.images.location_id] - each.num_images, 0) for each in summaries}
 
 
 def _drop(catalog: CatalogLayout, names: Sequence[str], storage_options: storage.StorageOptions) -> None:
@@ -173,11 +173,12 @@ def _publish(
     parts = parts_after(catalog, state, summaries, config.gone, options)
     check_parts_are_there(catalog, state, parts, options)  # for the index; at the commit once more
     parts = replace(parts, images=with_true_firsts(catalog, parts.images, options))
-    if state.commit and set(parts.images) == set(state.images) and set(parts.failures) == set(state.failures):
+    has_same_images = set(parts.images) == set(state.images)
+    if state.commit and has_same_images and set(parts.failures) == set(state.failures):
         return state.commit
     index = state.record.index if state.record else None
     encoder = config.recipe.encoder
-    if set(parts.images) != set(state.images):
+    if not has_same_images:
         logger.info("publishing: index and tables of %d images", sum(part.num_rows for part in parts.images))
         made = build_index(catalog, config.run_id, parts.images, encoder, options) if encoder else None
         index = made.run_id if made else None

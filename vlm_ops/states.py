@@ -13,17 +13,17 @@ from datetime import datetime, timezone
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from deltalake import DeltaTable
 
 from schemas.catalog import CatalogLayout
 from schemas.manifests import CommitRecord
 from schemas.recipes import Recipe
 from schemas.tables import FAILURES
 from vlm_ops import storage
-from vlm_ops.delta_tables import LivePart, live_parts, open_table, read_columns, sequence_of, set_live
+from vlm_ops.delta_tables import LivePart, live_parts, log_entries, open_table, read_columns, sequence_of, set_live
 from vlm_ops.parts import PartSummary, rewritten
 
 _RECORD = "beamsight"
-_NEWEST = 8  # log entries in which the newest record is looked for first
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,7 @@ class Changes:
 def newest_commit(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> Commit | None:
     """The commit whose state readers see; None where there is no catalog."""
     table = open_table(catalog.images, storage_options)
-    if table is None:
-        return None
-    for limit in (_NEWEST, None):  # entries without a record are changes of the schema
-        if found := _records(storage.persistent(table.history)(limit)):
-            return found[0]
-    return None
+    return next(_commits(table), None) if table else None
 
 
 def commits(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> list[Commit]:
@@ -103,7 +98,7 @@ def commits(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> 
     table = open_table(catalog.images, storage_options)
     if table is None:
         raise no_catalog(catalog)
-    return _records(storage.persistent(table.history)())
+    return list(_commits(table))
 
 
 def current_state(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> CatalogState:
@@ -149,12 +144,8 @@ def parts_after(
     A shard's part replaces those of the same place. Single files are replaced one by one: packs that
     hold some of them are copied without their rows.
     """
-    images = [LivePart(part.name, part.num_images, part.num_bytes) for part in summaries]
-    failures = [
-        LivePart(part.failures_name, sum(part.num_failures.values()), part.failures_num_bytes)
-        for part in summaries
-        if part.failures_name
-    ]
+    images = [summary.images for summary in summaries]
+    failures = [part for summary in summaries if (part := summary.failures)]
     uris = {
         *gone.uris,
         *_packed_uris(catalog.images, images, storage_options),
@@ -261,8 +252,11 @@ class _Identities:
         return cls(ids, contents, recipes)
 
 
-def _records(history: Iterable[dict]) -> list[Commit]:
-    return [Commit(each["version"], CommitRecord.from_json(each[_RECORD])) for each in history if _RECORD in each]
+def _commits(table: DeltaTable) -> Iterator[Commit]:
+    """Newest first; log entries without a record are changes of the schema."""
+    return (
+        Commit(each["version"], CommitRecord.from_json(each[_RECORD])) for each in log_entries(table) if _RECORD in each
+    )
 
 
 def _packed_uris(uri: str, parts: Sequence[LivePart], storage_options: storage.StorageOptions) -> Iterator[str]:

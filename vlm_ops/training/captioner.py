@@ -127,9 +127,8 @@ class CaptionerTask:
         return -(advantage * log_probs).mean() / _MEAN_LENGTH
 
     def validate(self, module: Any) -> float:
-        return captioning_figures(best_sentences(module, self._validation, 1, self._device), self._validation)[
-            "CIDEr-D"
-        ]
+        sentences = best_sentences(module, self._validation, 1, self._device)
+        return captioning_figures(sentences, self._validation)["CIDEr-D"]
 
 
 def best_sentences(module: Any, data: CaptionedImages, num_beams: int, device: str) -> list[Hypothesis]:
