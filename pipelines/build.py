@@ -65,6 +65,7 @@ def run(options: BuildOptions) -> int:
         logger.info("%d images of the catalog are not among these inputs, and %s", plan.num_gone, fate)
     return execute(
         Run(
+            options=options,
             catalog=catalog,
             recipe=recipe,
             action="build",
@@ -73,11 +74,6 @@ def run(options: BuildOptions) -> int:
             inputs=options.input,
             prune=options.prune,
             max_failure_rate=options.max_failure_rate,
-            device=options.device,
-            batch_size=options.batch_size,
-            runner=options.runner,
-            num_workers=options.num_workers,
-            beam_args=options.beam_args,
         ),
         state,
     )

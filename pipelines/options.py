@@ -129,66 +129,60 @@ class TrainOptions(ReadingOptions):
     seed: int
 
 
-@dataclass(frozen=True)
-class IndexOptions:
-    """Flags of `beamsight index`."""
+@dataclass(frozen=True, kw_only=True)
+class CatalogOptions:
+    """Flags of every command on a catalog that is there."""
 
     catalog: str
     storage_options: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions(CatalogOptions):
+    """Flags of `beamsight index`, and of every command that runs a pipeline on a catalog."""
+
     runner: str
     num_workers: int
     beam_args: tuple[str, ...] = field(default=())
 
 
-@dataclass(frozen=True)
-class RetryOptions:
+@dataclass(frozen=True, kw_only=True)
+class RetryOptions(IndexOptions):
     """Flags of `beamsight retry`."""
 
-    catalog: str
     allowed_schemes: tuple[str, ...]
     files_per_shard: int
     device: str
     batch_size: int | None
-    storage_options: dict[str, Any]
-    runner: str
-    num_workers: int
-    beam_args: tuple[str, ...] = field(default=())
 
 
-@dataclass(frozen=True)
-class HistoryOptions:
+@dataclass(frozen=True, kw_only=True)
+class HistoryOptions(CatalogOptions):
     """Flags of `beamsight history`."""
 
-    catalog: str
     last: int
     json: bool
-    storage_options: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class RollbackOptions:
+@dataclass(frozen=True, kw_only=True)
+class RollbackOptions(CatalogOptions):
     """Flags of `beamsight rollback`."""
 
-    catalog: str
     run_id: str
-    storage_options: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class CleanOptions:
+@dataclass(frozen=True, kw_only=True)
+class CleanOptions(CatalogOptions):
     """Flags of `beamsight clean`."""
 
-    catalog: str
     older_than: timedelta
     dry_run: bool
-    storage_options: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class SearchOptions:
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(CatalogOptions):
     """Flags of `beamsight search`."""
 
-    catalog: str
     query: tuple[str, ...]
     image: tuple[str, ...]
     queries: str | None
@@ -197,16 +191,13 @@ class SearchOptions:
     html: str | None
     model: str | None
     device: str
-    storage_options: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class InspectOptions:
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(CatalogOptions):
     """Flags of `beamsight inspect`."""
 
-    catalog: str
     json: bool
-    storage_options: dict[str, Any]
 
 
 def parse_build(argv: Sequence[str]) -> BuildOptions:

@@ -46,6 +46,7 @@ def run(options: RetryOptions) -> int:
         return EXIT_OK
     code = execute(
         Run(
+            options=options,
             catalog=catalog,
             recipe=recipe,
             action="retry",
@@ -54,11 +55,6 @@ def run(options: RetryOptions) -> int:
             inputs=(),
             prune=False,
             max_failure_rate=None,  # these have failed already, and a retry takes no image away
-            device=options.device,
-            batch_size=options.batch_size,
-            runner=options.runner,
-            num_workers=options.num_workers,
-            beam_args=options.beam_args,
         ),
         state,
     )

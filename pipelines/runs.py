@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 
 import apache_beam as beam
 
+from pipelines.options import BuildOptions, RetryOptions
 from pipelines.progress import Progress
 from pipelines.runners import beam_options, run_to_end
 from pipelines.transforms import EnrichShards, PublishRun
@@ -36,13 +37,14 @@ class Run:
     """What is to be done, where, and how.
 
     Attributes:
+        options: Where and how: device, batch size, runner, workers and flags of Beam.
         action: `build` or `retry`.
         inputs: What a person named as inputs.
         prune: Whether what the plan found gone leaves the catalog.
         max_failure_rate: As in PublishConfig.
-        runner, num_workers, beam_args: As in `beam_options`.
     """
 
+    options: BuildOptions | RetryOptions
     catalog: CatalogLayout
     recipe: Recipe
     action: str
@@ -51,11 +53,6 @@ class Run:
     inputs: tuple[str, ...]
     prune: bool
     max_failure_rate: float | None
-    device: str
-    batch_size: int | None
-    runner: str
-    num_workers: int
-    beam_args: tuple[str, ...]
 
 
 def execute(run: Run, state: CatalogState) -> int:
@@ -67,12 +64,12 @@ def execute(run: Run, state: CatalogState) -> int:
     Returns:
         The exit code: 0, or 3 when too many images failed and nothing was published.
     """
-    options = dict(run.read.storage_options)
+    how, options = run.options, dict(run.read.storage_options)
     run_id = new_run_id()
     started = time.perf_counter()
     known = _write_known_contents(run, state, run_id)
     enrich = EnrichConfig(
-        run.catalog.root, run.recipe, run_id, run.read, run.device, run.batch_size, run.num_workers, known
+        run.catalog.root, run.recipe, run_id, run.read, how.device, how.batch_size, how.num_workers, known
     )
     publish = PublishConfig(
         catalog=run.catalog.root,
@@ -86,7 +83,7 @@ def execute(run: Run, state: CatalogState) -> int:
         max_failure_rate=run.max_failure_rate,
         storage_options=options,
     )
-    pipeline = beam.Pipeline(options=beam_options(run.runner, run.num_workers, run.beam_args))
+    pipeline = beam.Pipeline(options=beam_options(how.runner, how.num_workers, how.beam_args))
     shards = pipeline | "Shards" >> beam.Create(run.plan.shards)
     _ = shards | "Enrich" >> EnrichShards(enrich) | "Publish" >> PublishRun(publish)
     try:
