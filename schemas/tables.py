@@ -25,6 +25,13 @@ def column(name: str, type_: pa.DataType, producer: str, unit: str, doc: str, re
 _VECTOR = pa.list_(pa.float32())
 _LABELS = pa.list_(pa.struct([pa.field("name", pa.string()), pa.field("score", pa.float32())]))
 _COLORS = pa.list_(pa.struct([pa.field("hex", pa.string()), pa.field("share", pa.float32())]))
+# In shares of width and height, from the upper left corner.
+BOX = pa.struct([(side, pa.float32()) for side in ("left", "top", "right", "bottom")])
+POINT = pa.struct([("x", pa.float32()), ("y", pa.float32())])
+_TEXTS = pa.list_(pa.struct([("text", pa.string()), ("score", pa.float32()), ("box", BOX)]))
+_FACES = pa.list_(pa.struct([("box", BOX), ("score", pa.float32())]))
+_CROPS = pa.list_(pa.struct([("aspect", pa.string()), ("box", BOX)]))
+_QUALITY_PARTS = ("sharpness", "exposure", "contrast", "plain_background", "border")
 
 _IDENTITY = (
     column("image_id", pa.int64(), "reader", "63-bit hash of `uri`", "Stable identity of the image.", required=True),
@@ -98,6 +105,39 @@ _OP_COLUMNS = (
         "quality",
         "up to 5 of hex, share in [0, 1]",
         "Most frequent colours, largest share first.",
+    ),
+    column(
+        "quality_score",
+        pa.float32(),
+        "quality",
+        "[0, 1]",
+        "How good the picture is technically, from its `quality_parts`.",
+    ),
+    column(
+        "quality_parts",
+        pa.struct([(name, pa.float32()) for name in _QUALITY_PARTS]),
+        "quality",
+        "each in [0, 1]",
+        "Sharpness, exposure (1: neither too dark nor too light), contrast, share of the edge that is one plain colour, share of the area that is a border.",
+    ),
+    column("nsfw_score", pa.float32(), "safety", "[0, 1]", "Probability of adult content."),
+    column(
+        "texts",
+        _TEXTS,
+        "ocr",
+        "text, score in [0, 1], box in shares of width and height",
+        "Lines of text in the picture, in reading order.",
+    ),
+    column("text_share", pa.float32(), "ocr", "[0, 1]", "Share of the area that is text."),
+    column("num_faces", pa.int32(), "faces", "count", "Number of faces."),
+    column("faces", _FACES, "faces", "box in shares of width and height, score in [0, 1]", "Faces, surest first."),
+    column("focus", POINT, "focus", "x, y in [0, 1]", "The point that a crop should keep."),
+    column(
+        "crops",
+        _CROPS,
+        "focus",
+        "aspect ratio (1:1, 1.91:1, 4:5, 9:16), box in shares of width and height",
+        "The best crop for each aspect ratio.",
     ),
     column("features", _VECTOR, "features", "float32[feature_dim]", "Pooled CNN features, as the model gives them."),
     column("labels", _LABELS, "labels", "up to 5 of name, score in [0, 1]", "Class labels, likeliest first."),

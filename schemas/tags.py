@@ -1,0 +1,214 @@
+"""What `beamsight tag` reads of an image, what it says of it, and the schema of the `tags` table.
+
+Every column names the rule that its values follow and who published it; `docs/tags.md` is generated from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from schemas.tables import BOX, POINT, column
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in shares of width and height: 0 <= left < right <= 1, 0 <= top < bottom <= 1."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclass(frozen=True)
+class Label:
+    """A class of the model, and its probability."""
+
+    name: str
+    score: float
+
+
+@dataclass(frozen=True)
+class FoundText:
+    """A line of text that OCR has found; `score` in [0, 1]."""
+
+    text: str
+    score: float
+    box: Box
+
+
+@dataclass(frozen=True)
+class ImageEvidence:
+    """All that is known of an image: a row of the `images` table. None where an op was off.
+
+    Attributes:
+        metadata: What came with the image, `source_metadata` parsed; empty where nothing did.
+        texts: What OCR found; None where it was not run.
+        faces: Their boxes; None where none were looked for.
+        crops: The best box for an aspect ratio, such as "1:1".
+        colors: (hex, share), largest first.
+    """
+
+    image_id: int
+    uri: str
+    key: str = ""
+    width: int | None = None
+    height: int | None = None
+    caption: str | None = None
+    caption_source: str | None = None
+    caption_score: float | None = None
+    labels: tuple[Label, ...] = ()
+    source_captions: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    texts: tuple[FoundText, ...] | None = None
+    text_share: float | None = None
+    nsfw_score: float | None = None
+    faces: tuple[Box, ...] | None = None
+    focus: tuple[float, float] | None = None
+    crops: Mapping[str, Box] = field(default_factory=dict)
+    colors: tuple[tuple[str, float], ...] = ()
+    quality_score: float | None = None
+    plain_background: float | None = None
+    border: float | None = None
+
+
+@dataclass(frozen=True)
+class Category:
+    """A node of a taxonomy that an image belongs to.
+
+    Attributes:
+        path: Names from the root down.
+        score: Calibrated probability, in [0, 1].
+        evidence: What spoke for it, strongest first: `image`, `labels`, `caption`, `source_metadata`.
+    """
+
+    id: str
+    path: tuple[str, ...]
+    score: float
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TagTexts:
+    """The written fields of an image.
+
+    Attributes:
+        alt_reason: Why `alt_text` is empty; None where it is not.
+        sources: For each written field `generated`, `labels` or `source_metadata`, or with a language model `text_model`.
+        doubts: Reasons for a person to look at them.
+    """
+
+    alt_text: str
+    alt_reason: str | None
+    title: str
+    caption: str | None
+    description: str
+    keywords: tuple[str, ...]
+    slug: str
+    language: str
+    sources: Mapping[str, str] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SensitiveTopic:
+    """One of IAB's sensitive topics that an image touches. `evidence` says what spoke for it, in words."""
+
+    id: str
+    name: str
+    score: float
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Suitability:
+    """How suitable an image is for advertising beside it.
+
+    Attributes:
+        level: `floor`, `high`, `medium` or `low` (the levels of risk); None where it cannot be told.
+        evidence: What led to the level.
+        doubts: Reasons for a person to look at it.
+    """
+
+    level: str | None
+    topics: tuple[SensitiveTopic, ...] = ()
+    evidence: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdSlot:
+    """A published image format and whether the image may be used in it, with the crop that makes it so."""
+
+    slot: str
+    eligible: bool
+    reasons: tuple[str, ...] = ()
+    crop: Box | None = None
+
+
+TEXT_FIELDS = ("alt_text", "title", "caption", "description", "keywords")
+
+_STRINGS = pa.list_(pa.string())
+_CATEGORIES = pa.list_(
+    pa.struct([("id", pa.string()), ("path", _STRINGS), ("score", pa.float32()), ("evidence", _STRINGS)])
+)
+_TOPICS = pa.list_(
+    pa.struct([("id", pa.string()), ("name", pa.string()), ("score", pa.float32()), ("evidence", _STRINGS)])
+)
+_SLOTS = pa.list_(pa.struct([("slot", pa.string()), ("eligible", pa.bool_()), ("reasons", _STRINGS), ("crop", BOX)]))
+_COLORS = pa.list_(pa.struct([("hex", pa.string()), ("share", pa.float32()), ("name", pa.string())]))
+_RIGHTS = pa.struct(
+    [(name, pa.string()) for name in ("creator", "credit_text", "copyright_notice", "license", "acquire_license_page")]
+)
+
+
+def tag_column(name: str, type_: pa.DataType, unit: str, doc: str, rule: str = "", source: str = "") -> pa.Field:
+    """A column of the `tags` table.
+
+    Args:
+        rule: What every value keeps to.
+        source: Who published the rule: a URL, or empty where it is our own.
+    """
+    made = column(name, type_, "tag", unit, doc, required=name in _REQUIRED)
+    return made.with_metadata({**made.metadata, b"rule": rule.encode(), b"source": source.encode()})
+
+
+_REQUIRED = frozenset({"image_id", "uri", "run_id"})
+
+TAGS = pa.schema(
+    [
+        tag_column("image_id", pa.int64(), "63-bit hash of `uri`", "The image, as in `images`."),
+        tag_column("uri", pa.string(), "URI", "Where the image is."),
+        tag_column("alt_text", pa.string(), "text", "What the picture shows, for those who do not see it; empty for decorative pictures.", "At most 125 characters, a description; no \"image of\", no list of keywords, no file name, no word cut", "https://www.w3.org/WAI/tutorials/images/"),
+        tag_column("alt_reason", pa.string(), "text", "Why `alt_text` is empty; null where it is not."),
+        tag_column("title", pa.string(), "text", "Title of the picture.", "At most 60 characters, no word cut"),
+        tag_column("caption", pa.string(), "sentence", "The caption: the image's own one where it came with one, else the model's."),
+        tag_column("description", pa.string(), "text", "One to three sentences on the picture."),
+        tag_column("keywords", _STRINGS, "3 to 10 words or terms", "Keywords, best supported first.", "Lower case, no plural beside its singular, none twice"),
+        tag_column("slug", pa.string(), "ASCII", "Name for a URL; unique in the catalog, and the same as long as image and caption are.", "a-z, 0-9 and hyphens, at most 60 characters"),
+        tag_column("language", pa.string(), "BCP 47", "Language of the written fields."),
+        tag_column("categories", _CATEGORIES, "id, path, score in [0, 1], evidence", "Nodes of the taxonomy, likeliest first; empty where none is likely enough.", "Calibrated probabilities; a child is never likelier than its parent"),
+        tag_column("sensitive_topics", _TOPICS, "id, name, score in [0, 1], evidence", "IAB's sensitive topics that the picture touches."),
+        tag_column("suitability", pa.string(), "`floor`, `high`, `medium`, `low`", "Level of risk for an advertiser beside the picture; null where it cannot be told."),
+        tag_column("suitability_evidence", _STRINGS, "sentences", "What led to `suitability`."),
+        tag_column("dominant_colors", _COLORS, "up to 5 of hex, share in [0, 1], name", "Most frequent colours, largest share first."),
+        tag_column("focus", POINT, "x, y in [0, 1]", "The point that a crop should keep."),
+        tag_column("ad_slots", _SLOTS, "slot, eligible, reasons, crop", "Published formats, and whether the picture may be used in each."),
+        tag_column("text_share", pa.float32(), "[0, 1]", "Share of the area that is text."),
+        tag_column("num_faces", pa.int32(), "count", "Faces found; null where none were looked for."),
+        tag_column("rights", _RIGHTS, "text", "Creator, credit, notice and licence, where the image came with them."),
+        tag_column("review", pa.string(), "`ok`, `needs_review`", "Whether a person should look at it."),
+        tag_column("review_reasons", _STRINGS, "sentences", "Why."),
+        tag_column("tag_source", pa.struct([(name, pa.string()) for name in TEXT_FIELDS]), "`generated`, `labels`, `source_metadata` or `text_model`", "Where each written field comes from."),
+        tag_column("taxonomy_name", pa.string(), "name", "Taxonomy of `categories`."),
+        tag_column("taxonomy_version", pa.string(), "version", "Its version."),
+        tag_column("taxonomy_hash", pa.string(), "12 hex digits", "Hash of its nodes."),
+        tag_column("tag_recipe_id", pa.string(), "12 hex digits", "Hash of all that decides what a row says: taxonomy, rules, flags, models."),
+        tag_column("row_hash", pa.string(), "16 hex digits", "Hash of what the row was made from: a row of `images` that is the same is not tagged again."),
+        tag_column("run_id", pa.string(), "UTC time and suffix", "The run that wrote the row."),
+    ]
+)  # fmt: skip
