@@ -25,6 +25,7 @@ from schemas.recipes import (
     Recipe,
 )
 from schemas.samples import FILES_PER_SHARD, INPUT_FORMATS
+from schemas.tags import DEFAULT_MAX_CATEGORIES, DEFAULT_MIN_SCORE, DEFAULT_TAXONOMY
 
 if TYPE_CHECKING:
     from vlm_ops.inputs import InputConfig
@@ -147,6 +148,23 @@ class IndexOptions(CatalogOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TagOptions(IndexOptions):
+    """Flags of `beamsight tag`. `calibrate`, `mapping` and `label_field` are for fitting `calibration`."""
+
+    taxonomy: str
+    max_categories: int
+    min_score: float
+    text_model: str | None
+    device: str
+    all: bool
+    dry_run: bool
+    calibration: str | None
+    calibrate: tuple[str, ...]
+    mapping: str | None
+    label_field: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetryOptions(IndexOptions):
     """Flags of `beamsight retry`."""
 
@@ -187,6 +205,8 @@ class SearchOptions(CatalogOptions):
     image: tuple[str, ...]
     queries: str | None
     k: int
+    where: str | None
+    param: dict[str, str]
     json: bool
     html: str | None
     model: str | None
@@ -430,6 +450,45 @@ def parse_index(argv: Sequence[str]) -> IndexOptions:
     return IndexOptions(**vars(args), beam_args=tuple(beam_args))
 
 
+def parse_tag(argv: Sequence[str]) -> TagOptions:
+    parser = _parser("tag", "Says of every image of a catalog what a page, a feed or an ad server wants to know: alt text, title, "
+                     "keywords, categories, suitability, ad slots. Reads no picture; what is new or changed is tagged.")  # fmt: skip
+    _add_catalog(parser)
+    add = parser.add_argument
+    add("--taxonomy", default=DEFAULT_TAXONOMY, metavar="SPEC",
+        help="of the categories: %(default)s, or a file: IAB's TSV, Google's product taxonomy, or YAML (default: %(default)s)")  # fmt: skip
+    add("--max_categories", type=_positive_int, default=DEFAULT_MAX_CATEGORIES,
+        help="at most so many categories an image (default: %(default)s)")  # fmt: skip
+    add("--min_score", type=_fraction, default=DEFAULT_MIN_SCORE,
+        help="leave out categories that are less likely; with a high one, more images have none (default: %(default)s)")  # fmt: skip
+    add("--text_model", metavar="SPEC",
+        help="language model with a chat template that writes title, description and keywords, such as hf:PATH (default: templates)")  # fmt: skip
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where it runs (default: %(default)s)")
+    add("--all", action="store_true", help="tag all images anew, not only what is new or changed")
+    add("--dry_run", action="store_true", help="say what would be done, and do nothing")
+    group = parser.add_argument_group(
+        "calibration", "What turns the scores of categories into probabilities."
+    ).add_argument
+    group("--calibration", metavar="FILE", help="use what was fitted before (default: what comes with the encoder)")
+    group("--calibrate", nargs="+", action="extend", default=[], metavar="PATTERN",
+          help="first fit it on these labelled images, encoded as the catalog's are, and write it to --calibration")  # fmt: skip
+    group(
+        "--mapping", metavar="FILE", help="which category each label of these images means: YAML of `label: id or path`"
+    )
+    group("--label_field", default="label", help="metadata field that holds the label (default: %(default)s)")
+    _add_storage(parser)
+    _add_running(parser)
+    args, beam_args = parser.parse_known_args(argv)
+    _check_beam_args(parser, args, beam_args)
+    if args.calibrate and not (args.mapping and args.calibration):
+        parser.error(
+            "--calibrate needs --mapping, which says what the labels mean, and --calibration, the file to write"
+        )
+    if args.mapping and not args.calibrate:
+        parser.error("--mapping is for --calibrate; give that too")
+    return TagOptions(**{**vars(args), "calibrate": tuple(args.calibrate), "beam_args": tuple(beam_args)})
+
+
 def parse_retry(argv: Sequence[str]) -> RetryOptions:
     parser = _parser("retry", "Tries again what failed: images, list entries and shards of the failures table.")
     _add_catalog(parser)
@@ -480,6 +539,11 @@ def parse_search(argv: Sequence[str]) -> SearchOptions:
     add("--image", action="append", default=[], metavar="FILE", help="search with an image; may be given several times")
     add("--queries", metavar="FILE", help="file with one text a line, answered in one go as JSON lines")
     add("-k", type=_positive_int, default=10, help="results a query (default: %(default)s)")
+    add("--where", metavar="SQL",
+        help="only among images for which an SQL condition on their tags holds, such as \"suitability = 'low' and num_faces = 0\"; "
+             "k results are still k (columns: docs/tags.md)")  # fmt: skip
+    add("--param", action="append", type=_assignment, default=[], metavar="NAME=VALUE",
+        help="value that $NAME stands for in --where, with whatever characters; may be given several times")  # fmt: skip
     add("--json", action="store_true", help="one JSON line a query")
     add("--html", metavar="FILE", help="also write the results as one self-contained page of thumbnails")
     add("--model", metavar="SPEC", help="encoder of the queries (default: the one that built the catalog)")
@@ -495,6 +559,9 @@ def parse_search(argv: Sequence[str]) -> SearchOptions:
         parser.error("nothing to search for: give a text, --image FILE or --queries FILE")
     if not all(text.strip() for text in args.query):
         parser.error("a query is empty; give a text to search for")
+    if args.param and args.where is None:
+        parser.error("--param is for values in --where; give that too")
+    args.param = dict(args.param)
     return SearchOptions(**{**vars(args), "query": tuple(args.query), "image": tuple(args.image)})
 
 
@@ -851,6 +918,13 @@ def _duration(text: str) -> timedelta:
             f"must be a number of days, hours or minutes, such as 14d, 36h or 90m, got {text!r}"
         )
     return timedelta(**{{"d": "days", "h": "hours", "m": "minutes"}[match[2]]: float(match[1])})
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value
 
 
 def _names(text: str) -> tuple[str, ...]:
