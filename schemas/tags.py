@@ -49,6 +49,8 @@ class ImageEvidence:
     """All that is known of an image: a row of the `images` table. None where an op was off.
 
     Attributes:
+        format: Encoding, such as `JPEG`.
+        num_bytes: Size of the file.
         metadata: What came with the image, `source_metadata` parsed; empty where nothing did.
         texts: What OCR found; None where it was not run.
         faces: Their boxes; None where none were looked for.
@@ -61,6 +63,8 @@ class ImageEvidence:
     key: str = ""
     width: int | None = None
     height: int | None = None
+    format: str | None = None
+    num_bytes: int | None = None
     caption: str | None = None
     caption_source: str | None = None
     caption_score: float | None = None
