@@ -16,7 +16,7 @@ from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.inputs import Listing, list_inputs
 from vlm_ops.models import resolve_device
-from vlm_ops.ops import default_ops, plan_ops
+from vlm_ops.ops import plan_ops
 from vlm_ops.planning import Plan, PlanConfig, kept_inputs, plan_inputs, with_changed_bytes, with_refused_parts
 from vlm_ops.run_manifests import refused_runs, seconds_per_byte
 from vlm_ops.states import CatalogState, current_state
@@ -36,7 +36,7 @@ def run(options: BuildOptions) -> int:
     resolve_device(options.device)
     catalog = CatalogLayout(storage.normalise(options.catalog))
     storage.check_writable(catalog.root, options.storage_options)
-    recipe = recipe_of(options, plan_ops(options.ops or default_ops(options.model), options.model))
+    recipe = recipe_of(options, plan_ops(options.ops or ("default",), options.model))
     listing = list_inputs(input_config(options, options.input))
     _check_inputs(listing, catalog, options)
     state = current_state(catalog, options.storage_options)

@@ -21,6 +21,7 @@ from schemas.recipes import (
     DEFAULT_MAX_IMAGE_PIXELS,
     DEFAULT_MODEL,
     DEFAULT_OPS,
+    OP_GROUPS,
     OpSpec,
     Recipe,
 )
@@ -226,7 +227,9 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
     _add_reading(parser)
     add("--catalog", required=True, metavar="DIR", help="where the catalog is or will be: a directory, s3:// or gs://")
     add("--ops", type=_names, metavar="OP[,OP]",
-        help=f"what to compute (default: those of {','.join(DEFAULT_OPS)} that the model serves; also: caption_match)")  # fmt: skip
+        help="what to compute: ops, and the words default and tagging for groups of them "
+             f"(default: default, those of {','.join(DEFAULT_OPS)} that the model serves; "
+             f"tagging: {','.join(OP_GROUPS['tagging'])}; also: caption_match)")  # fmt: skip
     add("--max_failure_rate", type=_fraction, default=0.05,
         help="publish nothing, and exit with 3, when a larger share of the images fails (default: %(default)s)")  # fmt: skip
     add("--prune", action="store_true",
