@@ -6,11 +6,12 @@ it. In another process nobody has opened a progress, and reports go nowhere.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -125,3 +126,22 @@ def report_finished(run_id: str, shard: ShardRef, num_images: int) -> None:
     """Reports that a shard is done, with the images it holds."""
     if progress := _open.get(run_id):
         progress.finish(shard, num_images)
+
+
+@contextlib.contextmanager
+def counting(total: int, title: str) -> Iterator[Callable[[int], None]]:
+    """Yields what is to be called with the number of images done: a bar on a terminal, a log line now and then elsewhere."""
+    started = logged = time.monotonic()
+    done = 0
+    with tqdm(total=total, unit="image", dynamic_ncols=True, desc=title, disable=not sys.stderr.isatty()) as bar:
+
+        def advance(images: int) -> None:
+            nonlocal logged, done
+            done += images
+            bar.update(images)
+            now = time.monotonic()
+            if bar.disable and now - logged >= LOG_INTERVAL_SEC:
+                logged = now
+                logger.info("%d of %d images, %.0f images/s", done, total, done / (now - started))
+
+        yield advance

@@ -21,6 +21,10 @@ class CatalogLayout:
         return f"{self.root}/images"
 
     @property
+    def tags(self) -> str:
+        return f"{self.root}/tags"
+
+    @property
     def failures(self) -> str:
         return f"{self.root}/failures"
 
