@@ -21,6 +21,7 @@ COMMANDS = {
     "score": "say how likely captions describe their images",
     "evaluate": "measure a model on images with captions or labels",
     "train": "train a model on images with captions",
+    "export": "write the tags for a shop, a CMS or a search engine",
     "inspect": "say what is in a catalog",
 }
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130

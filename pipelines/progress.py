@@ -130,7 +130,7 @@ def report_finished(run_id: str, shard: ShardRef, num_images: int) -> None:
 
 
 @contextmanager
-def counting(title: str, total: int, unit: str, run_id: str | None = None) -> Iterator[Callable[[int], None]]:
+def counting(title: str, total: int, unit: str = "image", run_id: str | None = None) -> Iterator[Callable[[int], None]]:
     """Shows how far something is of which the amount is known; yields what is called with each further amount.
 
     Args:

@@ -15,12 +15,6 @@ from datetime import datetime, timezone
 
 import apache_beam as beam
 import pyarrow as pa
-from schemas.taxonomy import Taxonomy
-from vlm_ops.ad_slots import rules_in_force
-from vlm_ops.categories import CategoryScorer, calibrate
-from vlm_ops.category_calibration import CategoryCalibration
-from vlm_ops.suitability import suitability_rules
-from vlm_ops.taxonomies import load_mapping, load_taxonomy
 from vlm_ops.text_writer import describe_text_model
 
 from pipelines.corpora import encode_corpus
@@ -32,18 +26,24 @@ from schemas.catalog import RUN_METRICS, RUN_REPORT, CatalogLayout
 from schemas.recipes import Recipe
 from schemas.samples import FILES_PER_SHARD, digest
 from schemas.tags import TagRecipe
+from schemas.taxonomy import Taxonomy
 from vlm_ops import storage
+from vlm_ops.ad_slots import rules_in_force
+from vlm_ops.categories import CategoryScorer, calibrate
+from vlm_ops.category_calibration import CategoryCalibration
 from vlm_ops.delta_tables import LivePart
 from vlm_ops.image_evidence import columns_needed, embeddings_of, evidence_of
 from vlm_ops.ops import check_installed
 from vlm_ops.run_manifests import new_run_id
 from vlm_ops.states import existing_state
+from vlm_ops.suitability import suitability_rules
 from vlm_ops.tag_parts import TagPlan, plan_tags
 from vlm_ops.tag_publishing import TagPublishConfig
 from vlm_ops.tag_report import write_tag_report
 from vlm_ops.tag_states import existing_tags, tag_state
 from vlm_ops.tag_statistics import describe_tags, tag_lines
 from vlm_ops.tagging import TagConfig
+from vlm_ops.taxonomies import load_mapping, load_taxonomy
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def run(options: TagOptions) -> int:
     pipeline = beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args))
     work = pipeline | "Parts" >> beam.Create(plan.work)
     _ = work | "Tag" >> TagParts(config) | "Publish" >> PublishTags(publish)
-    with counting("tag", sum(each.num_rows for each in plan.work), "image", config.run_id):
+    with counting("tag", sum(each.num_rows for each in plan.work), run_id=config.run_id):
         run_to_end(pipeline)
     wall_sec = time.perf_counter() - started
     print(_summary(catalog, config, state.images, wall_sec))
