@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import lru_cache
 
 from schemas.tags import AdSlot, Box, ImageEvidence
 from vlm_ops.promotional_text import promotional_text
@@ -110,9 +111,17 @@ SLOTS = (
 """The formats, as they were published in November 2026."""
 
 
+@lru_cache(maxsize=8)  # asked of every image
+def slots_on(on: date) -> tuple[tuple[SlotFormat, Size], ...]:
+    """The formats, each with the least size that it takes on a day."""
+    return tuple((slot, slot.minimum(on)) for slot in SLOTS)
+
+
 def rules_in_force(on: date) -> str:
     """12 hex digits that change whenever a format or its rules do, be it by the calendar."""
-    rules = [({**vars(slot), "formats": sorted(slot.formats), "minimums": ()}, slot.minimum(on)) for slot in SLOTS]
+    rules = [
+        ({**vars(slot), "formats": sorted(slot.formats), "minimums": ()}, minimum) for slot, minimum in slots_on(on)
+    ]
     return hashlib.sha256(repr(rules).encode()).hexdigest()[:12]
 
 
@@ -122,10 +131,10 @@ def ad_slots(evidence: ImageEvidence, on: date) -> tuple[AdSlot, ...]:
     `reasons` say why not; where it may, what was done for it, what was not looked at, and what its publisher advises beyond.
     """
     promotional = None if evidence.texts is None else promotional_text(evidence.texts)
-    return tuple(_judge(slot, evidence, promotional, on) for slot in SLOTS)
+    return tuple(_judge(slot, evidence, promotional, minimum) for slot, minimum in slots_on(on))
 
 
-def _judge(slot: SlotFormat, evidence: ImageEvidence, promotional: tuple[str, ...] | None, on: date) -> AdSlot:
+def _judge(slot: SlotFormat, evidence: ImageEvidence, promotional: tuple[str, ...] | None, minimum: Size) -> AdSlot:
     if not evidence.width or not evidence.height:
         return AdSlot(slot.name, False, ("the size of the image is not known (--ops quality)",))
     whole = Size(evidence.width, evidence.height)
@@ -138,15 +147,15 @@ def _judge(slot: SlotFormat, evidence: ImageEvidence, promotional: tuple[str, ..
                 slot.name, False, (f"{whole} pixels are not {slot.aspect}, and no crop is known (--ops focus)",)
             )
         notes.append(f"cropped to {slot.aspect}")
-    faults = [*_faults_of_size(slot, whole, crop, on), *_faults_of_file(slot, evidence, crop)]
+    faults = [*_faults_of_size(slot, whole, crop, minimum), *_faults_of_file(slot, evidence, crop)]
     faults += _faults_of_content(slot, evidence, crop, promotional)
     if faults:
         return AdSlot(slot.name, False, tuple(faults))
     return AdSlot(slot.name, True, (*notes, *_advice(slot, evidence, _pixels(whole, crop))), crop)
 
 
-def _faults_of_size(slot: SlotFormat, whole: Size, crop: Box | None, on: date) -> Iterator[str]:
-    size, minimum = _pixels(whole, crop), slot.minimum(on)
+def _faults_of_size(slot: SlotFormat, whole: Size, crop: Box | None, minimum: Size) -> Iterator[str]:
+    size = _pixels(whole, crop)
     what = f"cropped to {slot.aspect} it has" if crop else "it has"
     if crop and not _has_aspect(size, slot):
         yield f"its crop for {slot.aspect} has {size} pixels, which is another aspect ratio"
