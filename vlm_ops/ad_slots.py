@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -107,6 +108,12 @@ SLOTS = (
     _merchant_center("apparel", Size(250, 250)),
 )
 """The formats, as they were published in November 2026."""
+
+
+def rules_in_force(on: date) -> str:
+    """12 hex digits that change whenever a format or its rules do, be it by the calendar."""
+    rules = [({**vars(slot), "formats": sorted(slot.formats), "minimums": ()}, slot.minimum(on)) for slot in SLOTS]
+    return hashlib.sha256(repr(rules).encode()).hexdigest()[:12]
 
 
 def ad_slots(evidence: ImageEvidence, on: date) -> tuple[AdSlot, ...]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.tags import Box, FoundText, ImageEvidence
-from vlm_ops.ad_slots import SLOTS, ad_slots
+from vlm_ops.ad_slots import SLOTS, ad_slots, rules_in_force
 
 TODAY = date(2026, 11, 23)
 BEFORE, AFTER = date(2027, 1, 30), date(2027, 1, 31)
@@ -89,6 +89,10 @@ def test_merchant_center_asks_for_more_from_the_last_of_january_2027(name, side,
     assert not after.eligible
     assert after.reasons == (f"it has {side} x {side} pixels; at least 500 x 500 are needed",)
     assert slot(name, AFTER, width=500, height=500).eligible
+
+
+def test_rules_change_on_the_day_that_a_format_does():
+    assert rules_in_force(TODAY) == rules_in_force(BEFORE) != rules_in_force(AFTER)
 
 
 def test_merchant_center_takes_at_most_64_megapixels():
