@@ -15,7 +15,6 @@ from datetime import datetime, timezone
 
 import apache_beam as beam
 import pyarrow as pa
-from vlm_ops.text_writer import describe_text_model
 
 from pipelines.corpora import encode_corpus
 from pipelines.options import ReadingOptions, TagOptions
@@ -110,6 +109,11 @@ def _config(
         scorer = CategoryScorer.compute(
             taxonomy, str(encoder.model), calibration, options.min_score, options.max_categories
         )
+    text_model = None
+    if options.text_model:
+        from vlm_ops.text_writer import text_writer_identity  # heavy, and seldom needed
+
+        text_model = text_writer_identity(options.text_model)
     today = datetime.now(timezone.utc).date()
     tag_recipe = TagRecipe(
         taxonomy=taxonomy.name,
@@ -118,7 +122,7 @@ def _config(
         categories=scorer.fingerprint if scorer else None,
         suitability=suitability_rules().rules_id,
         ad_slots=rules_in_force(today),
-        text_model=describe_text_model(options.text_model) if options.text_model else None,
+        text_model=text_model,
     )
     return TagConfig(
         catalog=catalog.root,

@@ -23,7 +23,6 @@ from vlm_ops.rights import rights
 from vlm_ops.suitability import judge
 from vlm_ops.tag_parts import TagSummary, TagWork, read_tag_summary, rows_by_image, write_tags
 from vlm_ops.tag_texts import write_texts
-from vlm_ops.text_writer import TextWriter
 
 _BATCH_SIZE = 1024
 NEAR_DUPLICATE = "near duplicate of an image with other tags"
@@ -72,7 +71,11 @@ class Tagger:
 
     def __init__(self, config: TagConfig) -> None:
         self.config = config
-        self._writer = TextWriter.load(config.text_model, config.device) if config.text_model else None
+        self._writer = None
+        if config.text_model:
+            from vlm_ops.text_writer import TextWriter  # heavy, and seldom needed
+
+            self._writer = TextWriter.load(config.text_model, config.device)
 
     def tag(self, work: TagWork, advance: Callable[[int], None] = lambda images: None) -> TagSummary:
         """Tags a part of the images and writes the part of the tags; or finds the one that an earlier run has written.
