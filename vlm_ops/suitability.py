@@ -205,7 +205,7 @@ def _hits(rules: Rules, evidence: ImageEvidence) -> Iterator[_Hit]:
         for topic, level, words in _of_text(found.text):
             sure = found.score >= _OCR_SCORE and len(words) >= _OCR_LEAST_CHARACTERS
             yield _Hit(topic, level if sure else DOUBT, f"OCR {words!r} {found.score:.2f}", found.score)
-    if evidence.caption is not None and evidence.caption_source != "source":
+    if evidence.caption is not None and evidence.caption_source != "labels":  # those have spoken for themselves
         for topic, _, words in _of_text(evidence.caption):  # models see things that are not there
             yield _Hit(topic, DOUBT, f"generated caption {words!r}", evidence.caption_score or 0.0)
 

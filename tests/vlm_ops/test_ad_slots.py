@@ -138,7 +138,15 @@ def test_text_that_nobody_looked_for_is_said():
     assert slot("merchant_center_product", texts=None).reasons == ("text in it was not looked for (--ops ocr)",)
 
 
+def test_adult_content_fits_nowhere():
+    for each in ad_slots(dataclasses.replace(IMAGE, nsfw_score=0.9), TODAY):
+        assert (each.eligible, each.reasons) == (False, ("adult content score 0.90; adult content is not taken",))
+    assert all(each.eligible for each in ad_slots(dataclasses.replace(IMAGE, nsfw_score=0.7), TODAY))
+
+
 def test_borders_and_backgrounds():
+    cropped = slot("google_ads_landscape", border=0.08)
+    assert cropped.reasons == ("cropped to 1.91:1", "8% of the image is a border, of which the crop may hold some")
     assert slot("merchant_center_product", border=0.08).reasons == ("8% of it is a border",)
     actual = slot("merchant_center_product", plain_background=0.1)
     assert (actual.eligible, actual.reasons) == (True, ("advised: a plain background",))

@@ -105,6 +105,12 @@ def test_a_generated_caption_is_a_doubt_and_a_source_caption_is_not():
     assert judged(source_captions=("A man smokes a cigarette .",)).level == "medium"
 
 
+def test_a_caption_made_of_a_class_says_nothing_new():
+    caption = "a photo of a tobacco shop"
+    assert judged(labels=(Label("tobacco shop", 0.9),), caption=caption, caption_source="labels").level == "low"
+    assert judged(caption=caption, caption_source="generated").level is None
+
+
 def test_what_confirms_a_sure_topic_is_no_doubt():
     actual = judged(source_captions=("a glass of beer",), caption="a man with a beer")
     assert actual.level == "medium"
