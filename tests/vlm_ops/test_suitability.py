@@ -128,7 +128,7 @@ def test_the_worst_level_counts_and_the_surest_topic_comes_first():
     [
         "Men's bomber jacket", "a set of six shot glasses", "Shooting star necklace", "cordless nail gun", "toy gun", "a child with a toy soldier",
         "hot glue guns", "root beer", "non-alcoholic beer", "alcohol-free wine", "Women Cocktail Dress", "white wine vinegar", "nude heels",
-        "Women Wine Red Top", "cigarette trousers", "Dead Sea mud mask", "bullet journal", "smoking jacket", "no smoking sign", "tug-of-war",
+        "Women Wine Red Top", "cigarette trousers", "Dead Sea mud mask", "bullet journal", "smoking jacket", "no smoking sign", "tug-of-war", "tug-o-war", "a water pistol", "flare gun", "topless men on a beach",
         "killer heels", "unisex t-shirt", "Essex", "grape juice", "rapeseed oil", "ginger ale", "heroine", "begin", "class", "Scunthorpe",
         "bath bombs", "army green parka", "pistolet à eau", "Aston Martin", "military-style coat", "Suicide Squad poster", "blood orange",
     ],
