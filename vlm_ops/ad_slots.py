@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from schemas.tags import AdSlot, Box, ImageEvidence
 from vlm_ops.promotional_text import promotional_text
+from vlm_ops.suitability import ADULT_SCORE
 
 # A face of which less is inside a crop has been cut.
 _WHOLE_FACE = 0.9
@@ -18,7 +19,6 @@ _BACKGROUND_FACE = 0.1
 _LEAST_BORDER = 0.02  # of the area; less is the edge of a photo, or JPEG noise
 _PLAIN = 0.5  # share of the edge from which on a background counts as plain
 
-_IMAGE_TEXT = "https://support.google.com/adspolicy/answer/6363786"
 _RESPONSIVE_DISPLAY = "https://support.google.com/google-ads/answer/17090561"
 _DEMAND_GEN = "https://support.google.com/google-ads/answer/17140672"
 _IMAGE_LINK = "https://support.google.com/merchants/answer/6324350"
@@ -72,7 +72,8 @@ class SlotFormat:
 
 def _google_ads(name: str, aspect: str, minimum: Size, recommended: Size, source: str) -> SlotFormat:
     # The tolerance, the encodings and the size of the file: those of the API, e.g. ResponsiveDisplayAdInfo and
-    # https://developers.google.com/google-ads/api/performance-max/asset-requirements; text: _IMAGE_TEXT.
+    # https://developers.google.com/google-ads/api/performance-max/asset-requirements; for the text:
+    # https://support.google.com/adspolicy/answer/6363786
     return SlotFormat(
         f"google_ads_{name}",
         ((_ALWAYS, minimum),),
@@ -151,7 +152,7 @@ def _judge(slot: SlotFormat, evidence: ImageEvidence, promotional: tuple[str, ..
     faults += _faults_of_content(slot, evidence, crop, promotional)
     if faults:
         return AdSlot(slot.name, False, tuple(faults))
-    return AdSlot(slot.name, True, (*notes, *_advice(slot, evidence, _pixels(whole, crop))), crop)
+    return AdSlot(slot.name, True, (*notes, *_advice(slot, evidence, whole, crop)), crop)
 
 
 def _faults_of_size(slot: SlotFormat, whole: Size, crop: Box | None, minimum: Size) -> Iterator[str]:
@@ -178,6 +179,9 @@ def _faults_of_file(slot: SlotFormat, evidence: ImageEvidence, crop: Box | None)
 def _faults_of_content(
     slot: SlotFormat, evidence: ImageEvidence, crop: Box | None, promotional: tuple[str, ...] | None
 ) -> Iterator[str]:
+    # https://support.google.com/adspolicy/answer/6021648
+    if evidence.nsfw_score is not None and evidence.nsfw_score >= ADULT_SCORE:
+        yield f"adult content score {evidence.nsfw_score:.2f}; adult content is not taken"
     if slot.max_text_share is not None:
         share = _text_share(evidence, crop)
         if share is not None and share > slot.max_text_share:
@@ -190,9 +194,12 @@ def _faults_of_content(
         yield f"its crop for {slot.aspect} cuts {lost} of {len(evidence.faces or ())} faces"
 
 
-def _advice(slot: SlotFormat, evidence: ImageEvidence, size: Size) -> Iterator[str]:
+def _advice(slot: SlotFormat, evidence: ImageEvidence, whole: Size, crop: Box | None) -> Iterator[str]:
+    size = _pixels(whole, crop)
     if evidence.texts is None and (slot.refuses_promotional_text or evidence.text_share is None):
         yield "text in it was not looked for (--ops ocr)"
+    if crop is not None and (evidence.border or 0.0) >= _LEAST_BORDER:
+        yield f"{evidence.border:.0%} of the image is a border, of which the crop may hold some"
     if size.width < slot.recommended.width or size.height < slot.recommended.height:
         yield f"advised: {slot.recommended} pixels or more; it has {size}"
     if slot.wants_plain_background and evidence.plain_background is not None and evidence.plain_background < _PLAIN:
