@@ -55,6 +55,8 @@ BRAND_FIELDS = ("brand", "manufacturer", "vendor")
 GENDER_FIELDS = ("gender",)
 DETAIL_FIELDS = ("material", "pattern", "style", "usage", "gender")
 
+DECORATIVE = "decorative"  # how its reasons begin
+FEW_KEYWORDS = "fewer keywords have evidence than are usual"
 NOTHING_KNOWN = "nothing is known of it"
 NOTHING_USABLE = "nothing that is known of it can be used"
 
@@ -110,7 +112,7 @@ def write_texts(evidence: ImageEvidence, categories: Sequence[Category], languag
         doubts.append(f"the caption does not name what the source does ({own.kind})")
     doubts += _doubts_of_generation(evidence, sources)
     if len(keywords) < text_rules.MIN_KEYWORDS:
-        doubts.append(f"only {len(keywords)} keywords have evidence; {text_rules.MIN_KEYWORDS} are usual")
+        doubts.append(f"{FEW_KEYWORDS} ({len(keywords)} of {text_rules.MIN_KEYWORDS})")
     spoken = alt or title or caption or description
     told = own.language(spoken.text, language) if spoken and spoken.source == SOURCE_METADATA else language
     if told.partition("-")[0] != language.partition("-")[0] and {GENERATED, LABELS} & set(sources.values()):
@@ -138,14 +140,14 @@ def decorative_reason(evidence: ImageEvidence, is_described: bool = False) -> st
     width, height = evidence.width, evidence.height
     if width and height:
         if min(width, height) <= MAX_SPACER_PIXELS:
-            return f"decorative: a spacer or rule of {width} x {height} pixels"
+            return f"{DECORATIVE}: a spacer or rule of {width} x {height} pixels"
         if max(width, height) >= MIN_RULE_ASPECT * min(width, height) and not (is_described or evidence.texts):
-            return f"decorative: a rule or border of {width} x {height} pixels"
+            return f"{DECORATIVE}: a rule or border of {width} x {height} pixels"
     if is_described or evidence.texts or not evidence.colors:
         return None
     hex_, share = evidence.colors[0]
     if share > PLAIN_COLOR_SHARE and all(label.score < MIN_LABEL_SCORE for label in evidence.labels):
-        return f"decorative: {share:.0%} of it is one plain colour ({hex_})"
+        return f"{DECORATIVE}: {share:.0%} of it is one plain colour ({hex_})"
     return None
 
 
