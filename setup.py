@@ -23,7 +23,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["pipelines*", "vlm_ops*", "schemas*"]),
-    package_data={"vlm_ops": ["templates/*.j2", "models/weights/*/*/*"]},
+    package_data={
+        "schemas": ["taxonomies/*.yaml"],
+        "vlm_ops": ["calibrations/*.json", "models/weights/*/*/*", "sensitive_terms.yaml", "templates/*.j2"],
+    },
     install_requires=[
         *WEIGHTS,
         "ImageHash>=4.3",
