@@ -140,7 +140,7 @@ def is_mostly_latin(text: str) -> bool:
 
 def is_doing(word: str) -> bool:
     """Whether a lower-case English word is what somebody does: `running`, not `building`."""
-    return len(word) > 4 and word.endswith("ing") and word not in THINGS_IN_ING
+    return word.endswith("ing") and len(word) > 4 and word not in THINGS_IN_ING
 
 
 def num_words(text: str) -> int:

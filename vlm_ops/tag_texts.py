@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from anyascii import anyascii
@@ -34,6 +35,9 @@ GENERATED, LABELS, SOURCE_METADATA = "generated", "labels", "source_metadata"
 LOW_CAPTION_SCORE, LOW_LABEL_SCORE = 0.8, 0.5
 # A class this likely names an image of which nothing else is said; below, nothing is known.
 MIN_LABEL_SCORE = 0.1
+# Lines of text that are read, and from which share of the area on the picture is one of text, whose alternative
+# is that text (https://www.w3.org/WAI/tutorials/images/textual/).
+MIN_TEXT_SCORE, MOSTLY_TEXT_SHARE = 0.8, 0.25
 KEYWORD_LABEL_SCORE = 0.5
 KEYWORD_CATEGORY_SCORE = 0.5
 
@@ -97,7 +101,7 @@ def write_texts(evidence: ImageEvidence, categories: Sequence[Category], languag
     title = _choose("title", _title_candidates(own, generated, evidence), text_rules.title_violations, doubts)
     caption = _choose("caption", _caption_candidates(own, generated), text_rules.caption_violations, doubts)
     description = _choose(
-        "description", _description_candidates(own, caption, title), text_rules.description_violations, doubts
+        "description", _description_candidates(own, caption, title, evidence), text_rules.description_violations, doubts
     )
     keywords, keyword_source = _keywords(own, generated, evidence, categories)
     chosen = {"alt_text": alt, "title": title, "caption": caption, "description": description}
@@ -174,7 +178,7 @@ class _OwnTexts:
     """What came with an image: captions, and metadata by the names that are known for it."""
 
     def __init__(self, evidence: ImageEvidence) -> None:
-        values = {_field_name(name): value for name, value in reversed(list(evidence.metadata.items()))}
+        values = {_field_name(str(name)): value for name, value in reversed(list(evidence.metadata.items()))}
         self._values = values
         self.alt = self._texts(ALT_FIELDS)
         self.titles = self._texts(TITLE_FIELDS)
@@ -234,6 +238,8 @@ def _alt_candidates(own: _OwnTexts, generated: _Candidate | None, evidence: Imag
         yield each._replace(text=shorten(_without_lead_in(each.text), limit))
     for each in own.descriptions:
         yield each._replace(text=_sentence(next(iter(sentences(each.text)), ""), limit))
+    if text := _text_of_picture(evidence):
+        yield _Candidate(f'Text: "{shorten(text, limit - 8)}"', GENERATED, "the text in the picture")
     if generated and own.agrees_with(generated.text):
         yield generated._replace(text=_sentence(generated.text, limit))
     if own.kind:
@@ -254,6 +260,8 @@ def _title_candidates(own: _OwnTexts, generated: _Candidate | None, evidence: Im
         yield each._replace(text=shorten(each.text, limit))
     for each in (*own.alt, *own.captions, *own.descriptions):
         yield each._replace(text=_as_title(next(iter(sentences(each.text)), ""), limit))
+    if text := _text_of_picture(evidence):
+        yield _Candidate(shorten(text, limit), GENERATED, "the text in the picture")
     if generated and own.agrees_with(generated.text):
         yield generated._replace(text=_as_title(generated.text, limit))
     if own.kind:
@@ -270,7 +278,7 @@ def _caption_candidates(own: _OwnTexts, generated: _Candidate | None) -> Iterato
 
 
 def _description_candidates(
-    own: _OwnTexts, caption: _Candidate | None, title: _Candidate | None
+    own: _OwnTexts, caption: _Candidate | None, title: _Candidate | None, evidence: ImageEvidence
 ) -> Iterator[_Candidate]:
     limit = text_rules.MAX_DESCRIPTION
     for each in own.descriptions:
@@ -283,6 +291,8 @@ def _description_candidates(
         parts = [_with_stop(first.text)]
         if own.kind and not mentions(first.text, (_attributes(own),)):
             parts.append(_with_stop(_attributes(own)))
+        if text := shorten(_read_text(evidence), limit // 4):
+            yield first._replace(text=shorten(" ".join([*parts, f'Text in the picture: "{text}".']), limit))
         yield first._replace(text=shorten(" ".join(parts), limit))
         yield first._replace(text=shorten(_with_stop(first.text), limit))
 
@@ -311,12 +321,9 @@ def _keyword_candidates(
     own: _OwnTexts, generated: _Candidate | None, evidence: ImageEvidence, categories: Sequence[Category]
 ) -> Iterator[tuple[str, str]]:
     yield from ((each, SOURCE_METADATA) for each in own.keywords)
-    phrases: list[str] = []
-    by_model = generated.source if generated else GENERATED
-    if generated and own.agrees_with(generated.text):
-        phrases = [*noun_phrases(generated.text), *doings(generated.text)]
-    if own.kind and not own.color:
-        yield from ((phrase, by_model) for phrase in phrases if mentions(phrase, (own.kind,)))
+    agreed = generated if generated and own.agrees_with(generated.text) else None
+    if own.kind and not own.color and agreed:
+        yield from ((each, agreed.source) for each in noun_phrases(agreed.text) if mentions(each, (own.kind,)))
     if own.kind:
         yield f"{own.color} {own.kind}".strip(), SOURCE_METADATA
         yield own.kind, SOURCE_METADATA
@@ -367,8 +374,20 @@ def _generated(evidence: ImageEvidence) -> _Candidate | None:
     if not text:
         return None
     if evidence.caption_source == LABELS:
+        if all(label.score < MIN_LABEL_SCORE for label in evidence.labels):
+            return None
         return _Candidate(_without_article_of_plural(text), LABELS, "the caption made of labels")
     return _Candidate(text, GENERATED, "the generated caption")
+
+
+def _text_of_picture(evidence: ImageEvidence) -> str:
+    """The text in a picture that shows little else."""
+    return _read_text(evidence) if (evidence.text_share or 0.0) >= MOSTLY_TEXT_SHARE else ""
+
+
+def _read_text(evidence: ImageEvidence) -> str:
+    lines = (plain(line.text) for line in evidence.texts or () if line.score >= MIN_TEXT_SCORE)
+    return " ".join(line.replace('"', "'") for line in lines if line)
 
 
 def _named_by_label(evidence: ImageEvidence) -> _Candidate | None:
@@ -426,7 +445,9 @@ def _as_title(text: str, limit: int) -> str:
 
 
 def _tidy(text: str) -> str:
-    return _PARTED.sub("", text)
+    """With signs and possessives where they belong: `the man 's dog .` -> `the man's dog.`"""
+    text = _PARTED.sub("", text)
+    return text.replace(" ' ", "' ") if text.count(" ' ") == 1 else text
 
 
 def _without_lead_in(text: str) -> str:
@@ -453,14 +474,15 @@ def _capitalized(text: str) -> str:
     return first + text[1:] if len(first) == 1 else text
 
 
-def _field_name(name: Any) -> str:
-    return re.sub(r"[\s_-]", "", str(name)).lower()
+@lru_cache(4096)
+def _field_name(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def _name(value: Any) -> str:
     """A short value of metadata, such as a colour or a kind; hyphens and underscores of identifiers are spaces."""
     text = plain(value)
-    if len(text) > text_rules.MAX_TITLE:
+    if not text or len(text) > text_rules.MAX_TITLE:
         return ""
     return text.replace("_", " ") if text.count("-") < 2 else text.replace("_", " ").replace("-", " ")
 
