@@ -65,7 +65,7 @@ NOTHING_KNOWN = "nothing is known of it"
 NOTHING_USABLE = "nothing that is known of it can be used"
 
 _MAX_LISTED = 100  # keywords of a source that are looked at
-_MAX_CAPTIONS = 3  # of people, from which keywords are taken
+_MAX_CAPTIONS = 2  # of people, from which keywords are taken
 _BASE_36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 _ARTICLE = re.compile(r"^(?:an?|the|there (?:is|are)(?: an?)?)\s+(?:pair of\s+)?(?=\S)", re.I)
 _AND_ANOTHER = re.compile(r"\b(?:and|or) (?:an?|the)\b", re.I)
