@@ -28,7 +28,7 @@ from vlm_ops.category_calibration import CategoryCalibration, fit
 from vlm_ops.models import TextModel, describe_model, load_text_model, require_text_side
 from vlm_ops.models.onnx_engine import cached_file
 
-DEFAULT_THRESHOLD = 0.4
+DEFAULT_THRESHOLD = 0.35
 DEFAULT_MAX_CATEGORIES = 5
 # What came with an image and says in words what it shows; labels and shop categories are names of other taxonomies.
 METADATA_FIELDS = ("title", "name", "product_name", "headline", "alt", "alt_text", "description")

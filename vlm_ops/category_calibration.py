@@ -17,13 +17,14 @@ from importlib.resources import files
 import numpy as np
 
 EVIDENCE = ("image", "labels", "caption", "source_metadata")
+# Usual for cosines of image–text models.
+_NEUTRAL = {"image": 30.0, "labels": 8.0, "caption": 4.0, "source_metadata": 10.0}
 _MIN_IMAGES = 20
 _STEPS = 300
 _LEARNING_RATE = 0.5
 _EDGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.01)  # of the pools of scores
 _LEAST_POOL = 20
 _LEAST_SCORE = 0.01  # below it a node is out of the question, and says nothing of what scores mean
-_LEAST_SHARE, _MOST_SHARE = 0.5, 10.0  # of a neutral weight
 _EPSILON = 1e-6
 _DIGITS = 5
 
@@ -49,8 +50,8 @@ class CategoryCalibration:
 
     @staticmethod
     def neutral(model: str) -> CategoryCalibration:
-        """For a model that nobody has calibrated: what is usual for cosines of image–text models."""
-        return CategoryCalibration(model, {"image": 40.0, "labels": 10.0, "caption": 5.0, "source_metadata": 10.0})
+        """For a model that nobody has calibrated: weights that are usual, and scores as they are."""
+        return CategoryCalibration(model, dict(_NEUTRAL))
 
     @staticmethod
     def of_model(model: str) -> CategoryCalibration:
@@ -167,8 +168,8 @@ def _weights(
     kinds = list(similarities)
     logs = np.log([start[kind] for kind in kinds])
     # Calibration images are often of the kind that the embedding was trained on, where nothing else adds to it; on other
-    # kinds class names do, so no evidence loses its say.
-    least, most = logs + np.log(_LEAST_SHARE), logs + np.log(_MOST_SHARE)
+    # kinds class names do, so what is no embedding keeps its say.
+    least = np.array([logs[i] + (np.log(0.1) if kind == "image" else 0) for i, kind in enumerate(kinds)])
     first, second = np.zeros(len(kinds)), np.zeros(len(kinds))
     for step in range(1, _STEPS + 1):
         logits = sum(np.exp(log) * similarities[kind] for log, kind in zip(logs, kinds, strict=True))
@@ -183,7 +184,7 @@ def _weights(
         first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * gradient**2
         rate = _LEARNING_RATE * (1 - step / _STEPS)
         logs = logs + rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.99**step)) + 1e-9)
-        logs = np.clip(logs, least, most)
+        logs = np.clip(logs, least, least + np.log(100))
     return dict(zip(kinds, np.exp(logs).tolist(), strict=True))
 
 
