@@ -25,12 +25,13 @@ setup(
     packages=find_packages(include=["pipelines*", "vlm_ops*", "schemas*"]),
     package_data={
         "schemas": ["taxonomies/*.yaml"],
-        "vlm_ops": ["calibrations/*.json", "models/weights/*/*/*", "templates/*.j2"],
+        "vlm_ops": ["calibrations/*.json", "models/weights/*/*/*", "sensitive_terms.yaml", "templates/*.j2"],
     },
     install_requires=[
         *WEIGHTS,
         "ImageHash>=4.3",
         "Jinja2>=3.1",
+        "anyascii>=0.3.2",
         "apache-beam>=2.77",
         "braceexpand>=0.1.7",
         "deltalake>=1.6",
@@ -45,6 +46,7 @@ setup(
         "pillow>=10.4",
         "pyarrow>=17",
         "pyyaml>=6.0",
+        "regex>=2024.4",
         "s3fs>=2024.6",
         "safetensors>=0.4",
         "simplejpeg>=1.8",
