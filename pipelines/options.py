@@ -74,10 +74,13 @@ class BuildOptions(ReadingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ReadingOptions):
-    """Flags of `beamsight evaluate`. `label_field` and `template` are for `zero-shot`, `mention`, `synonyms` and
-    `never` for `captions`."""
+    """Flags of `beamsight evaluate`. `label_field` is for `zero-shot` and `tags`, `template` for `zero-shot`, `mention`,
+    `synonyms` and `never` for `captions`; `tags` reads `catalog`, `mapping` and `taxonomy` in place of `input`."""
 
     task: str
+    catalog: str | None
+    mapping: str | None
+    taxonomy: str
     label_field: str
     template: tuple[str, ...]
     mention: tuple[str, ...]
@@ -268,15 +271,22 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
-    parser = _parser("evaluate", "Measures a model on images with captions or labels.")
+    parser = _parser("evaluate", "Measures a model on images with captions or labels, or the tags of a catalog.")
     add = parser.add_argument
-    add("task", choices=("retrieval", "zero-shot", "captions", "matcher"),
+    add("task", choices=("retrieval", "zero-shot", "captions", "matcher", "tags"),
         help="retrieval: captions find their image, images their captions; zero-shot: the best of all labels; "
              "captions: those that the model gives, against those of the images and against their metadata; "
-             "matcher: own captions are told from others")  # fmt: skip
-    _add_reading(parser)
+             "matcher: own captions are told from others; "
+             "tags: the categories of a tagged catalog, against labels that came with its images")  # fmt: skip
+    _add_reading(parser, is_optional=True)
+    group = parser.add_argument_group("tags").add_argument
+    group("--catalog", metavar="DIR", help="the tagged catalog, in place of --input")
+    group("--mapping", metavar="FILE",
+        help="YAML that says which category a label means, such as `Tea: Food & Drink > Non-Alcoholic Beverages`")  # fmt: skip
+    group("--taxonomy", default=DEFAULT_TAXONOMY, metavar="SPEC",
+        help="what it was tagged with: a built-in taxonomy or a file (default: %(default)s)")  # fmt: skip
     group = parser.add_argument_group("zero-shot").add_argument
-    group("--label_field", default="label", help="metadata field that holds the label (default: %(default)s)")
+    group("--label_field", default="label", help="metadata field that holds the label, for tags too (default: %(default)s)")
     group("--template", action="append", default=[],
         help="text of a label, {} standing for it; several are averaged (default: 'a photo of a {}')")  # fmt: skip
     group = parser.add_argument_group("captions").add_argument
@@ -293,6 +303,7 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
     )
     _add_workers(parser)
     args = parser.parse_args(argv)
+    _check_evaluated(parser, args)
     templates = tuple(args.template) or ("a photo of a {}",)
     if wrong := [template for template in templates if "{}" not in template]:
         parser.error(f"argument --template: {{}} must stand for the label, got {wrong[0]!r}")
@@ -302,6 +313,18 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
         parser.error("--synonyms needs --mention, the metadata fields whose values it has other words for")
     lists = {name: tuple(dict.fromkeys(getattr(args, name))) for name in ("input", "mention", "never")}
     return EvaluateOptions(**{**vars(args), **lists, "template": templates})
+
+
+def _check_evaluated(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Whether there is something to measure, of the right kind."""
+    if args.task != "tags" and (args.catalog or args.mapping):
+        parser.error(f"--catalog and --mapping are for tags, not for {args.task}")
+    if args.task != "tags" and not args.input:
+        parser.error("the following arguments are required: --input")
+    if args.task == "tags" and args.input:
+        parser.error("tags are read from --catalog; leave out --input")
+    if args.task == "tags" and not (args.catalog and args.mapping):
+        parser.error("tags needs --catalog, a tagged catalog, and --mapping, which says what its labels mean")
 
 
 def parse_score(argv: Sequence[str]) -> ScoreOptions:

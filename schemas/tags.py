@@ -158,8 +158,8 @@ class AdSlot:
 
 
 DEFAULT_TAXONOMY = "iab-content-3.1"
-DEFAULT_MAX_CATEGORIES = 3
-DEFAULT_MIN_SCORE = 0.5
+DEFAULT_MAX_CATEGORIES = 5
+DEFAULT_MIN_SCORE = 0.35
 
 # Raised when a rule of ours changes, so that all rows are made anew.
 TAG_VERSION = 1

@@ -22,22 +22,22 @@ from pathlib import Path
 
 import numpy as np
 
-from schemas.tags import Category, ImageEvidence
+from schemas.tags import DEFAULT_MAX_CATEGORIES, DEFAULT_MIN_SCORE, Category, ImageEvidence
 from schemas.taxonomy import Node, Taxonomy
 from vlm_ops.category_calibration import CategoryCalibration, fit
 from vlm_ops.models import TextModel, describe_model, load_text_model, require_text_side
 from vlm_ops.models.onnx_engine import cached_file
 
-DEFAULT_THRESHOLD = 0.5
-DEFAULT_MAX_CATEGORIES = 5
 # What came with an image and says in words what it shows; labels and shop categories are names of other taxonomies.
 METADATA_FIELDS = ("title", "name", "product_name", "headline", "alt", "alt_text", "description")
 # Pictures that belong to no category: they take the probability that would else go to the least wrong one.
 BACKGROUND_PROMPTS = (
     "a person", "a man", "a woman", "a child", "a group of people", "a crowd of people", "people sitting",
-    "people standing on a street", "a man in a blue shirt", "a woman looking at the camera", "a city street",
-    "a plain white background", "an object", "a thing", "a blurry photo", "a wall", "water", "the sky",
-    "grass and trees",
+    "people standing on a street", "people talking to each other", "a man in a blue shirt",
+    "a woman looking at the camera", "a boy running", "a girl in a pink dress", "a person jumping",
+    "a man standing in front of a building", "a city street", "a street sign", "a traffic light", "a fence",
+    "a plain white background", "an object", "a thing", "a blurry photo", "a wall", "water", "the sky", "snow", "sand",
+    "grass and trees", "a soldier in uniform", "a gun", "a tank or a cannon", "a warplane", "a prison", "smoke and fire",
 )  # fmt: skip
 _LABEL_TEXT = "a photo of a {}"
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -127,7 +127,7 @@ class CategoryScorer:
         taxonomy: Taxonomy,
         text_model: str,
         calibration: CategoryCalibration | None = None,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: float = DEFAULT_MIN_SCORE,
         max_categories: int = DEFAULT_MAX_CATEGORIES,
     ) -> CategoryScorer:
         """The scorer of a taxonomy in a model's space. Texts are encoded once and kept in the user's cache.

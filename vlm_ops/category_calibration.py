@@ -1,25 +1,30 @@
 """What each kind of evidence is worth for categories, and how likely a score is right: fitted on labelled images.
 
-The weights maximise the likelihood of the true categories, every category counting alike; what they have in common
-is the mean over the same images; and one line through the log-odds (Platt 1999) makes probabilities of scores. So few
-numbers cannot learn the labels by heart, and hold for another taxonomy of the same model too.
+The weights maximise the likelihood of the true categories; what the evidence of all images has in common is its mean
+over them; and a rising curve of a few points, by the pool-adjacent-violators algorithm (Ayer et al. 1955), makes
+probabilities of scores. So few numbers cannot learn the labels by heart, and hold for another taxonomy of the same
+model too.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 
 import numpy as np
 
 EVIDENCE = ("image", "labels", "caption", "source_metadata")
+# Usual for cosines of image–text models.
+_NEUTRAL = {"image": 30.0, "labels": 8.0, "caption": 4.0, "source_metadata": 10.0}
 _MIN_IMAGES = 20
 _STEPS = 300
 _LEARNING_RATE = 0.5
+_EDGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.01)  # of the pools of scores
+_LEAST_POOL = 20
 _LEAST_SCORE = 0.01  # below it a node is out of the question, and says nothing of what scores mean
-_LEAST_SHARE, _MOST_SHARE = 0.5, 10.0  # of a neutral weight
 _EPSILON = 1e-6
 _DIGITS = 5
 
@@ -32,21 +37,21 @@ class CategoryCalibration:
         model: Name of the model, `spec@revision`, whose vectors these are; empty: of any.
         weights: By kind of evidence.
         means: By kind of evidence float[d], what all images have in common; missing: nothing.
-        scale, bias: probability = sigmoid(scale * log-odds of the score + bias).
+        points: Pairs of score and probability, both rising; between them the log-odds are interpolated, outside them the
+            nearest one's shift holds. None: a score is its own probability.
         num_images: That it was made from.
     """
 
     model: str
     weights: Mapping[str, float]
     means: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
-    scale: float = 1.0
-    bias: float = 0.0
+    points: tuple[tuple[float, float], ...] = ()
     num_images: int = 0
 
     @staticmethod
     def neutral(model: str) -> CategoryCalibration:
-        """For a model that nobody has calibrated: what is usual for cosines of image–text models."""
-        return CategoryCalibration(model, {"image": 40.0, "labels": 10.0, "caption": 5.0, "source_metadata": 10.0})
+        """For a model that nobody has calibrated: weights that are usual, and scores as they are."""
+        return CategoryCalibration(model, dict(_NEUTRAL))
 
     @staticmethod
     def of_model(model: str) -> CategoryCalibration:
@@ -69,7 +74,12 @@ class CategoryCalibration:
 
     def probability(self, scores: np.ndarray) -> np.ndarray:
         """float[...] in [0, 1] -> float32[...] in [0, 1], in the same order."""
-        return sigmoid(self.scale * log_odds(scores) + self.bias).astype(np.float32)
+        if not self.points:
+            return np.asarray(scores, np.float32)
+        x, y = log_odds(np.array(self.points, np.float64)).T
+        given = log_odds(scores)
+        outside = np.minimum(given - x[0], 0) + np.maximum(given - x[-1], 0)
+        return sigmoid(np.interp(given, x, y) + outside).astype(np.float32)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -83,16 +93,17 @@ class CategoryCalibration:
             found = json.loads(text)
             weights = {kind: float(found["weights"][kind]) for kind in EVIDENCE}
             means = {kind: tuple(map(float, values)) for kind, values in found["means"].items()}
-            scale, bias = float(found["scale"]), float(found["bias"])
-            made = CategoryCalibration(str(found["model"]), weights, means, scale, bias, int(found["num_images"]))
+            points = tuple((float(score), float(probability)) for score, probability in found["points"])
+            made = CategoryCalibration(str(found["model"]), weights, means, points, int(found["num_images"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{where} is no calibration of categories ({error!r}); make one with --calibrate"
             ) from error
-        numbers = [*weights.values(), scale, bias, *(value for each in means.values() for value in each)]
-        if not np.isfinite(numbers).all() or scale <= 0:
+        numbers = [*weights.values(), *(value for each in means.values() for value in each)]
+        rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(points))
+        if not np.isfinite(numbers).all() or not rising or any(not 0 < value < 1 for pair in points for value in pair):
             raise ValueError(
-                f"{where} has a weight that is no number, or a scale that is not positive; calibrate again"
+                f"{where} has a weight that is no number, or points that do not rise in (0, 1); calibrate again"
             )
         return made
 
@@ -134,13 +145,11 @@ def fit(
     weights = _weights(similarities, right, importance, start.weights)
     logits = sum(weights[kind] * each for kind, each in similarities.items())
     scores = _softmax(logits) @ members[visible].astype(np.float32)
-    scale, bias = _line(scores, targets, parents, importance)
     return CategoryCalibration(
         start.model,
         {kind: round(float(weights.get(kind, start.weights[kind])), 3) for kind in EVIDENCE},
         {kind: tuple(values.tolist()) for kind, values in means.items()},
-        round(scale, 4),
-        round(bias, 4),
+        _points(scores, targets, parents),
         len(targets),
     )
 
@@ -159,8 +168,8 @@ def _weights(
     kinds = list(similarities)
     logs = np.log([start[kind] for kind in kinds])
     # Calibration images are often of the kind that the embedding was trained on, where nothing else adds to it; on other
-    # kinds class names do, so no evidence loses its say.
-    least, most = logs + np.log(_LEAST_SHARE), logs + np.log(_MOST_SHARE)
+    # kinds class names do, so what is no embedding keeps its say.
+    least = np.array([logs[i] + (np.log(0.1) if kind == "image" else 0) for i, kind in enumerate(kinds)])
     first, second = np.zeros(len(kinds)), np.zeros(len(kinds))
     for step in range(1, _STEPS + 1):
         logits = sum(np.exp(log) * similarities[kind] for log, kind in zip(logs, kinds, strict=True))
@@ -175,12 +184,12 @@ def _weights(
         first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * gradient**2
         rate = _LEARNING_RATE * (1 - step / _STEPS)
         logs = logs + rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.99**step)) + 1e-9)
-        logs = np.clip(logs, least, most)
+        logs = np.clip(logs, least, least + np.log(100))
     return dict(zip(kinds, np.exp(logs).tolist(), strict=True))
 
 
-def _line(scores: np.ndarray, targets: np.ndarray, parents: np.ndarray, importance: np.ndarray) -> tuple[float, float]:
-    """Scale and bias, by Newton's method, over all nodes that come into question.
+def _points(scores: np.ndarray, targets: np.ndarray, parents: np.ndarray) -> tuple[tuple[float, float], ...]:
+    """How often a node of a score is right, over all nodes that come into question.
 
     Right are the true nodes and all above them. What is below a true node is not known and left out.
     """
@@ -192,18 +201,24 @@ def _line(scores: np.ndarray, targets: np.ndarray, parents: np.ndarray, importan
         if parent >= 0:
             below[:, node] |= below[:, parent]
     counted = (scores >= _LEAST_SCORE) & (above | ~below)
-    x = log_odds(scores[counted])
-    y = above[counted].astype(float)
-    weights = np.broadcast_to(importance[:, None], scores.shape)[counted]
-    # Platt's targets keep a clean separation from a scale without end.
-    num_right, num_wrong = y.sum(), len(y) - y.sum()
-    y = np.where(y == 1, (num_right + 1) / (num_right + 2), 1 / (num_wrong + 2))
-    inputs, line = np.stack([x, np.ones_like(x)], axis=1), np.array([1.0, 0.0])
-    for _ in range(50):
-        p = sigmoid(inputs @ line)
-        curvature = (inputs * (weights * p * (1 - p))[:, None]).T @ inputs + 1e-3 * np.eye(2)
-        line = line + np.linalg.solve(curvature, inputs.T @ (weights * (y - p)) - 1e-3 * (line - [1.0, 0.0]))
-    return max(float(line[0]), 0.05), float(line[1])
+    x, y = scores[counted].astype(np.float64), above[counted]
+    # Pools of (sum of scores, number right, number); those with few are joined with the next.
+    pools: list[list[float]] = []
+    for low, high in itertools.pairwise(_EDGES):
+        here = (x >= low) & (x < high)
+        pools.append([float(x[here].sum()), float(y[here].sum()), float(here.sum())])
+        while len(pools) > 1 and (pools[-2][2] < _LEAST_POOL or _share(pools[-2]) >= _share(pools[-1])):
+            last = pools.pop()
+            pools[-1] = [a + b for a, b in zip(pools[-1], last, strict=True)]
+    if len(pools) > 1 and pools[-1][2] < _LEAST_POOL:
+        last = pools.pop()
+        pools[-1] = [a + b for a, b in zip(pools[-1], last, strict=True)]
+    return tuple((round(pool[0] / pool[2], 5), round(_share(pool), 5)) for pool in pools if pool[2])
+
+
+def _share(pool: Sequence[float]) -> float:
+    """Share that is right, as if one more were right and one more wrong: no certainty comes of a few."""
+    return (pool[1] + 1) / (pool[2] + 2)
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from schemas.tags import DEFAULT_TAXONOMY
 from schemas.taxonomy import Entry, FileError, Taxonomy, parse_google, parse_iab, raise_errors, taxonomy_of
 from vlm_ops import storage
 
-DEFAULT_TAXONOMY = "iab-content-3.1"
 _BUILT_IN = (DEFAULT_TAXONOMY,)
 _MAPPING = "mapping of labels"
 _TOP_KEYS = frozenset({"name", "version", "attribution", "nodes"})
