@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urljoin
 
 from schemas.recipes import (
     DEFAULT_MAX_IMAGE_BYTES,
@@ -26,6 +27,7 @@ from schemas.recipes import (
     Recipe,
 )
 from schemas.samples import FILES_PER_SHARD, INPUT_FORMATS
+from schemas.tags import DEFAULT_MAX_CATEGORIES, DEFAULT_MIN_SCORE, DEFAULT_TAXONOMY
 
 if TYPE_CHECKING:
     from vlm_ops.inputs import InputConfig
@@ -148,6 +150,23 @@ class IndexOptions(CatalogOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TagOptions(IndexOptions):
+    """Flags of `beamsight tag`. `calibrate`, `mapping` and `label_field` are for fitting `calibration`."""
+
+    taxonomy: str
+    max_categories: int
+    min_score: float
+    text_model: str | None
+    device: str
+    all: bool
+    dry_run: bool
+    calibration: str | None
+    calibrate: tuple[str, ...]
+    mapping: str | None
+    label_field: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetryOptions(IndexOptions):
     """Flags of `beamsight retry`."""
 
@@ -188,6 +207,8 @@ class SearchOptions(CatalogOptions):
     image: tuple[str, ...]
     queries: str | None
     k: int
+    where: str | None
+    param: dict[str, str]
     json: bool
     html: str | None
     model: str | None
@@ -199,6 +220,27 @@ class InspectOptions(CatalogOptions):
     """Flags of `beamsight inspect`."""
 
     json: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(CatalogOptions):
+    """Flags of `beamsight export`. `per` and `creator_type` are for `jsonld`, `sitemap_url` for `sitemap`,
+    `product_field` and `titles` for `merchant`, `raw_texts` for `csv`."""
+
+    format: str
+    output: str
+    report: str | None
+    review: str
+    base_url: str | None
+    url_path: str
+    uri_prefix: str | None
+    page_url: str | None
+    per: str
+    creator_type: str
+    sitemap_url: str | None
+    product_field: str | None
+    titles: bool
+    raw_texts: bool
 
 
 def parse_build(argv: Sequence[str]) -> BuildOptions:
@@ -433,6 +475,45 @@ def parse_index(argv: Sequence[str]) -> IndexOptions:
     return IndexOptions(**vars(args), beam_args=tuple(beam_args))
 
 
+def parse_tag(argv: Sequence[str]) -> TagOptions:
+    parser = _parser("tag", "Says of every image of a catalog what a page, a feed or an ad server wants to know: alt text, title, "
+                     "keywords, categories, suitability, ad slots. Reads no picture; what is new or changed is tagged.")  # fmt: skip
+    _add_catalog(parser)
+    add = parser.add_argument
+    add("--taxonomy", default=DEFAULT_TAXONOMY, metavar="SPEC",
+        help="of the categories: %(default)s, or a file: IAB's TSV, Google's product taxonomy, or YAML (default: %(default)s)")  # fmt: skip
+    add("--max_categories", type=_positive_int, default=DEFAULT_MAX_CATEGORIES,
+        help="at most so many categories an image (default: %(default)s)")  # fmt: skip
+    add("--min_score", type=_fraction, default=DEFAULT_MIN_SCORE,
+        help="leave out categories that are less likely; with a high one, more images have none (default: %(default)s)")  # fmt: skip
+    add("--text_model", metavar="SPEC",
+        help="language model with a chat template that writes title, description and keywords, such as hf:PATH (default: templates)")  # fmt: skip
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where it runs (default: %(default)s)")
+    add("--all", action="store_true", help="tag all images anew, not only what is new or changed")
+    add("--dry_run", action="store_true", help="say what would be done, and do nothing")
+    group = parser.add_argument_group(
+        "calibration", "What turns the scores of categories into probabilities."
+    ).add_argument
+    group("--calibration", metavar="FILE", help="use what was fitted before (default: what comes with the encoder)")
+    group("--calibrate", nargs="+", action="extend", default=[], metavar="PATTERN",
+          help="first fit it on these labelled images, encoded as the catalog's are, and write it to --calibration")  # fmt: skip
+    group(
+        "--mapping", metavar="FILE", help="which category each label of these images means: YAML of `label: id or path`"
+    )
+    group("--label_field", default="label", help="metadata field that holds the label (default: %(default)s)")
+    _add_storage(parser)
+    _add_running(parser)
+    args, beam_args = parser.parse_known_args(argv)
+    _check_beam_args(parser, args, beam_args)
+    if args.calibrate and not (args.mapping and args.calibration):
+        parser.error(
+            "--calibrate needs --mapping, which says what the labels mean, and --calibration, the file to write"
+        )
+    if args.mapping and not args.calibrate:
+        parser.error("--mapping is for --calibrate; give that too")
+    return TagOptions(**{**vars(args), "calibrate": tuple(args.calibrate), "beam_args": tuple(beam_args)})
+
+
 def parse_retry(argv: Sequence[str]) -> RetryOptions:
     parser = _parser("retry", "Tries again what failed: images, list entries and shards of the failures table.")
     _add_catalog(parser)
@@ -483,6 +564,11 @@ def parse_search(argv: Sequence[str]) -> SearchOptions:
     add("--image", action="append", default=[], metavar="FILE", help="search with an image; may be given several times")
     add("--queries", metavar="FILE", help="file with one text a line, answered in one go as JSON lines")
     add("-k", type=_positive_int, default=10, help="results a query (default: %(default)s)")
+    add("--where", metavar="SQL",
+        help="only among images for which an SQL condition on their tags holds, such as \"suitability = 'low' and num_faces = 0\"; "
+             "k results are still k (columns: docs/tags.md)")  # fmt: skip
+    add("--param", action="append", type=_assignment, default=[], metavar="NAME=VALUE",
+        help="value that $NAME stands for in --where, with whatever characters; may be given several times")  # fmt: skip
     add("--json", action="store_true", help="one JSON line a query")
     add("--html", metavar="FILE", help="also write the results as one self-contained page of thumbnails")
     add("--model", metavar="SPEC", help="encoder of the queries (default: the one that built the catalog)")
@@ -498,6 +584,9 @@ def parse_search(argv: Sequence[str]) -> SearchOptions:
         parser.error("nothing to search for: give a text, --image FILE or --queries FILE")
     if not all(text.strip() for text in args.query):
         parser.error("a query is empty; give a text to search for")
+    if args.param and args.where is None:
+        parser.error("--param is for values in --where; give that too")
+    args.param = dict(args.param)
     return SearchOptions(**{**vars(args), "query": tuple(args.query), "image": tuple(args.image)})
 
 
@@ -507,6 +596,92 @@ def parse_inspect(argv: Sequence[str]) -> InspectOptions:
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     _add_storage(parser)
     return InspectOptions(**vars(parser.parse_args(argv)))
+
+
+# What the formats write, and what becomes of doubtful rows unless a flag says otherwise: files for people and programs hold
+# them, with the column that says so; what is published does not.
+EXPORT_FORMATS = {
+    "jsonl": "include", "csv": "include", "jsonld": "exclude", "sitemap": "exclude", "merchant": "exclude", "xmp": "exclude",
+}  # fmt: skip
+_READ_BY_EXPORT = {
+    "per": ("jsonld",),
+    "creator_type": ("jsonld",),
+    "sitemap_url": ("sitemap",),
+    "product_field": ("merchant",),
+    "titles": ("merchant",),
+    "raw_texts": ("csv",),
+    "page_url": ("jsonl", "csv", "jsonld", "sitemap"),
+}
+
+
+def parse_export(argv: Sequence[str]) -> ExportOptions:
+    parser = _parser("export", "Writes the tags of a catalog for a shop, a CMS or a search engine.")
+    _add_catalog(parser)
+    add = parser.add_argument
+    add("--format", required=True, choices=tuple(EXPORT_FORMATS),
+        help="jsonl or csv: all tags; jsonld: schema.org ImageObject; sitemap: image sitemaps; merchant: image attributes "
+             "of products for Google Merchant Center; xmp: sidecars with IPTC fields")  # fmt: skip
+    add("--output", required=True, metavar="PATH",
+        help="the file to write (jsonl, csv, merchant: .xml or .tsv) or the folder (jsonld, sitemap, xmp), local or remote")  # fmt: skip
+    add("--report", metavar="FILE", help="also write the images that are left out, with the reasons, as JSON lines")
+    add("--review", choices=("include", "exclude", "only"),
+        help="what becomes of images that need review (default: include for jsonl and csv, exclude for what is published)")  # fmt: skip
+    _add_addresses(parser.add_argument_group("where images and pages are on the web"))
+    group = parser.add_argument_group("formats").add_argument
+    group("--per", choices=("image", "page"), default="image",
+        help="jsonld: a document an image, or one a page with all its images (default: %(default)s)")  # fmt: skip
+    group("--creator_type", choices=("Person", "Organization"), default="Person",
+        help="jsonld: what the creators that the images came with are (default: %(default)s)")  # fmt: skip
+    group("--sitemap_url", type=_folder_url, metavar="URL",
+        help="sitemap: where the files of --output will be served; pages must be below it (default: the root of "
+             "--page_url, else of --base_url)")  # fmt: skip
+    group("--product_field", metavar="FIELD", help="merchant: metadata field that holds the id of an image's product")
+    group("--titles", action="store_true",
+        help="merchant: also titles that a model wrote, as structured_title that says so")  # fmt: skip
+    group("--raw_texts", action="store_true",
+        help="csv: no apostrophe before texts that a spreadsheet would run as a formula; for programs")  # fmt: skip
+    _add_storage(parser)
+    args = parser.parse_args(argv)
+    for name, formats in _READ_BY_EXPORT.items():
+        if args.format not in formats and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for {' and '.join(formats)}, and {args.format} does not read it; leave it out")
+    _check_export(parser, args)
+    args.review = args.review or EXPORT_FORMATS[args.format]
+    return ExportOptions(**vars(args))
+
+
+def _add_addresses(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--base_url", type=_folder_url, metavar="URL",
+        help="where the images are served, such as https://cdn.example.com/photos/ (not needed for images read from the web)")  # fmt: skip
+    add("--url_path", choices=("uri", "member", "slug"), default="uri",
+        help="what follows it: the path of the URI below --uri_prefix, in which a shard counts as a folder; the name inside "
+             "the shard; or the slug with the format's suffix (default: %(default)s)")  # fmt: skip
+    add("--uri_prefix", metavar="URI",
+        help="what URIs of the catalog begin with and URLs do not have (default: the folder that all images share; name it "
+             "where URLs must stay the same while the catalog grows)")  # fmt: skip
+    add("--page_url", type=_page_template, metavar="TEMPLATE",
+        help="page of an image whose metadata has no page_url: a URL with {slug}, {key}, {image_id}, {path} or "
+             "the name of a metadata field, such as https://example.com/p/{sku}")  # fmt: skip
+
+
+def _check_export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.format == "merchant":
+        if not args.product_field:
+            parser.error(
+                "--format merchant needs --product_field, the metadata field with the id of an image's product"
+            )
+        if not args.output.lower().endswith((".xml", ".tsv")):
+            parser.error(f"argument --output: a feed is named .xml or .tsv, got {args.output!r}")
+        if args.titles and args.output.lower().endswith(".tsv"):
+            parser.error("--titles is for XML; name the feed .xml")
+    if args.format == "sitemap" and not args.sitemap_url:
+        place = args.page_url or args.base_url
+        if not place:
+            parser.error("--format sitemap needs --sitemap_url, where its files will be served")
+        args.sitemap_url = urljoin(place, "/")
+    if args.url_path == "slug" and args.uri_prefix:
+        parser.error("--uri_prefix has no meaning with --url_path slug; leave one of them out")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -854,6 +1029,33 @@ def _duration(text: str) -> timedelta:
             f"must be a number of days, hours or minutes, such as 14d, 36h or 90m, got {text!r}"
         )
     return timedelta(**{{"d": "days", "h": "hours", "m": "minutes"}[match[2]]: float(match[1])})
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _folder_url(text: str) -> str:
+    from vlm_ops.exports.urls import folder_url
+
+    return _checked(folder_url, text)
+
+
+def _page_template(text: str) -> str:
+    from vlm_ops.exports.urls import check_template
+
+    return _checked(check_template, text)
+
+
+def _checked(check: Callable[[str], str], text: str) -> str:
+    """What a check makes of a flag's text; its message becomes that of the flag."""
+    try:
+        return check(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 LOG_INTERVAL_SEC = 10.0
 
 _open: dict[str, Progress] = {}
+_counts: dict[str, Callable[[int], None]] = {}
 
 
 class Progress:
@@ -125,3 +127,50 @@ def report_finished(run_id: str, shard: ShardRef, num_images: int) -> None:
     """Reports that a shard is done, with the images it holds."""
     if progress := _open.get(run_id):
         progress.finish(shard, num_images)
+
+
+@contextmanager
+def counting(title: str, total: int, unit: str = "image", run_id: str | None = None) -> Iterator[Callable[[int], None]]:
+    """Shows how far something is of which the amount is known; yields what is called with each further amount.
+
+    Args:
+        unit: `image`, say; of bytes, `B`.
+        run_id: Where given, workers in this process may `report_count` for this run.
+    """
+    started = logged = time.monotonic()
+    lock = threading.Lock()
+    is_scaled = unit == "B"
+    with tqdm(
+        total=total, unit=unit, unit_scale=is_scaled, desc=title, disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+        done = 0
+
+        def advance(amount: int) -> None:
+            nonlocal done, logged
+            with lock:
+                done += amount
+                bar.update(amount)
+                now = time.monotonic()
+                if not bar.disable or now - logged < LOG_INTERVAL_SEC:
+                    return
+                logged = now
+                rate = done / (now - started)
+                scale, name = (1e6, "MB") if is_scaled else (1, f"{unit}s")
+                logger.info(
+                    "%s: %.0f of %.0f %s, %.1f %s/s, time left %.0f s",
+                    title, done / scale, total / scale, name, rate / scale, name, (total - done) / max(rate, 1e-6),
+                )  # fmt: skip
+
+        if run_id:
+            _counts[run_id] = advance
+        try:
+            yield advance
+        finally:
+            if run_id:
+                del _counts[run_id]
+
+
+def report_count(run_id: str, amount: int) -> None:
+    """Reports an amount to the run's `counting`, if it was opened in this process."""
+    if advance := _counts.get(run_id):
+        advance(amount)

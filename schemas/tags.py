@@ -5,12 +5,15 @@ Every column names the rule that its values follow and who published it; `docs/t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
+from schemas.samples import to_json
 from schemas.tables import BOX, POINT, column
 
 
@@ -46,6 +49,8 @@ class ImageEvidence:
     """All that is known of an image: a row of the `images` table. None where an op was off.
 
     Attributes:
+        format: Encoding, such as `JPEG`.
+        num_bytes: Size of the file.
         metadata: What came with the image, `source_metadata` parsed; empty where nothing did.
         texts: What OCR found; None where it was not run.
         faces: Their boxes; None where none were looked for.
@@ -58,6 +63,8 @@ class ImageEvidence:
     key: str = ""
     width: int | None = None
     height: int | None = None
+    format: str | None = None
+    num_bytes: int | None = None
     caption: str | None = None
     caption_source: str | None = None
     caption_score: float | None = None
@@ -148,6 +155,72 @@ class AdSlot:
     eligible: bool
     reasons: tuple[str, ...] = ()
     crop: Box | None = None
+
+
+DEFAULT_TAXONOMY = "iab-content-3.1"
+DEFAULT_MAX_CATEGORIES = 3
+DEFAULT_MIN_SCORE = 0.5
+
+# Raised when a rule of ours changes, so that all rows are made anew.
+TAG_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TagRecipe:
+    """Everything that decides what a row of `tags` says, besides the row of `images` it is made from.
+
+    Attributes:
+        taxonomy: Name of the taxonomy.
+        taxonomy_version: Its version.
+        taxonomy_hash: Hash of its nodes.
+        categories: Names all that decides the categories: prompts, encoder, calibration, how many and how sure; None where
+            the catalog has no embeddings.
+        suitability: Names the rules of suitability.
+        ad_slots: Names the rules of the ad slots that are in force.
+        text_model: Names the language model that writes; None for the templates.
+        version: TAG_VERSION.
+    """
+
+    taxonomy: str
+    taxonomy_version: str
+    taxonomy_hash: str
+    categories: str | None
+    suitability: str
+    ad_slots: str
+    text_model: str | None
+    version: int = TAG_VERSION
+
+    @property
+    def recipe_id(self) -> str:
+        return hashlib.sha256(to_json(self).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class TagRecord:
+    """What a commit of the `tags` table says of itself, in its log.
+
+    Attributes:
+        images_version: Version of the images table that the tags belong to.
+        images_run_id: The run that committed that version.
+        num_images: Rows of the table.
+        num_tagged: Those of them that this run made.
+    """
+
+    run_id: str
+    committed_at: str
+    images_version: int
+    images_run_id: str
+    recipe: TagRecipe
+    num_images: int
+    num_tagged: int
+
+    def to_json(self) -> str:
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> TagRecord:
+        values: dict[str, Any] = json.loads(text)
+        return cls(**{**values, "recipe": TagRecipe(**values["recipe"])})
 
 
 TEXT_FIELDS = ("alt_text", "title", "caption", "description", "keywords")
