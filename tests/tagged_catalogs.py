@@ -16,6 +16,7 @@ from schemas.samples import digest, image_id
 from schemas.tables import images_schema
 from schemas.tags import TAGS, TEXT_FIELDS
 from vlm_ops.delta_tables import LivePart, set_live
+from vlm_ops.exports.rows import ExportRow
 from vlm_ops.states import CatalogState, StateParts, commit_parts, new_record
 
 RUN_ID = "20261101T120000000-abcdef"
@@ -76,3 +77,13 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path)
     return LivePart(path.name, len(rows), path.stat().st_size)
+
+
+def export_row(
+    uri: str = "/data/dog.jpg",
+    metadata: Mapping[str, Any] | str | None = None,
+    image: Mapping[str, Any] | None = None,
+    **tags: Any,
+) -> ExportRow:
+    """A row as `export` reads it."""
+    return ExportRow(tag_row(uri, **tags), image_row(uri, metadata, **(image or {})))
