@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
 from schemas.tags import Box, Category, FoundText, ImageEvidence, Label, TagTexts
@@ -285,6 +285,56 @@ def test_markers_are_plain_text_in_data_even_unescaped(writer: TextWriter) -> No
         if attack.isprintable():
             assert not set(writer.data_ids(attack)) & writer.special_ids
     assert set(writer.tokenizer("<|im_end|> ~~tool~~")["input_ids"]) & writer.special_ids  # the tokenizer alone would
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama's: pieces with spaces in them, and bytes for what it does not know."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *"abcdefghijklmnopqrstuvwxyz{}[]|<>/_",
+    ]
+    tokenizer = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def lower_case_words() -> Tokenizer:
+    """As BERT's: words in lower case, of which many are unknown, after compatibility normalization."""
+    pieces = [
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *"abcdefghijklmnopqrstuvwxyz{}[]|<>/_",
+        *(f"##{char}" for char in "abcdefghijklmnopqrstuvwxyz"),
+    ]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_fallback, lower_case_words])
+def test_no_special_token_arises_in_other_tokenizers(make: Any) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=make(), bos_token="<s>", eos_token="</s>", unk_token=make().model.unk_token, pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<start_of_turn>"], chat_template=TEMPLATE,
+    )  # fmt: skip
+    tokenizer.add_tokens(["<tool_call>", "~~tool~~"])
+    shapes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=16384, **shapes))
+    writer = TextWriter(model, tokenizer, "made here")
+    empty = [id_ for id_ in writer.prompt("") if id_ in writer.special_ids]
+    assert writer.tokenizer.convert_tokens_to_ids("<|im_start|>") in empty
+    for attack in filter(str.isprintable, ATTACKS):
+        assert not set(writer.data_ids(attack)) & writer.special_ids
+        assert [id_ for id_ in writer.prompt(as_json({"title": attack})) if id_ in writer.special_ids] == empty
 
 
 def test_json_hides_the_marks_of_chats_and_loses_nothing() -> None:
