@@ -377,7 +377,7 @@ def test_answers_are_checked(writer: TextWriter, answer: str, field: str, wrong:
 
 
 @pytest.mark.parametrize(
-    "answer", [f"```json\n{GOOD}\n```", f"Here it is: {GOOD} I hope it helps.", GOOD.replace(": ", ":\n  ")]
+    "answer", [f"```json\n{GOOD}\n```", f"Here {{it}} is: {{}} {GOOD} I hope it helps.", GOOD.replace(": ", ":\n  ")]
 )
 def test_answers_may_be_wrapped(writer: TextWriter, answer: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(writer, "_ask", lambda prompts: [answer] * len(prompts))
@@ -471,6 +471,18 @@ def test_a_model_without_room_is_refused(tmp_path: Path) -> None:
     spec = save_model(tmp_path, max_position_embeddings=300)
     with pytest.raises(ValueError, match="has 300 positions; the instructions and an answer take .* a longer context"):
         TextWriter.load(spec, "cpu")
+
+
+def test_a_model_whose_answers_never_end_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=1, eos_token_id=None
+        )
+    )
+    with pytest.raises(ValueError, match="has no eos_token, so no answer would end; save it with one"):
+        TextWriter(model, tokenizer, "made here")
 
 
 def test_code_of_a_repository_is_not_run(tmp_path: Path) -> None:
