@@ -411,10 +411,10 @@ def _merged(draft: TagTexts, answers: Sequence[_Answer], image_id: int) -> TagTe
         if good:
             values[field] = good[-1].values[field]
         else:
-            why = answers[-1].wrong[field][0]
-            doubts.append(f"the text model's {field} broke a rule twice ({why}); the template's stands")
+            doubts.append(f"the text model's {field} broke a rule twice; the template's stands")
+            logger.debug("image %d: the text model's %s: %s", image_id, field, "; ".join(answers[-1].wrong[field]))
     if "keywords" in values:
-        doubts = [doubt for doubt in doubts if not doubt.startswith(FEW_KEYWORDS)]
+        doubts = [doubt for doubt in doubts if doubt != FEW_KEYWORDS]
     if "title" in values:
         values["slug"] = slug(values["title"], image_id)
     sources = {**draft.sources, **{field: TEXT_MODEL for field in FIELDS if field in values}}
