@@ -46,6 +46,8 @@ def run(options: ExportOptions) -> int:
             written, nothing = _FORMATS[options.format].write(rows, target, **_settings(options)), None
         except NothingToExportError as error:  # the report says why, so it is wanted now more than ever
             written, nothing = {}, error
+    if (num_untagged := source.num_untagged(left_out)) > 0:
+        logger.warning("%d images have no tags yet; run `beamsight tag %s`", num_untagged, options.catalog)
     if nothing is not None:
         raise nothing
     print(f"exported   {options.output} ({', '.join(f'{name}: {number}' for name, number in written.items())})")

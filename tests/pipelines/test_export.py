@@ -225,6 +225,13 @@ def test_images_of_the_web_need_no_base_url(tmp_path: Path) -> None:
     )
 
 
+def test_images_that_are_not_tagged_yet_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    catalog = tmp_path / "catalog"
+    write_catalog(catalog, [image_row("/data/a.jpg"), image_row("/data/b.jpg")], [tag_row("/data/a.jpg")])
+    assert export(catalog, "jsonl", tmp_path / "tags.jsonl") == 0
+    assert f"1 images have no tags yet; run `beamsight tag {catalog}`" in caplog.text
+
+
 def test_without_tags_it_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     catalog = tmp_path / "catalog"
     argv = [str(catalog), "--format", "jsonl", "--output", str(tmp_path / "x.jsonl")]

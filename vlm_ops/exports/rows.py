@@ -21,6 +21,7 @@ from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart, read_columns
 
+OUTDATED = "changed or gone since it was tagged"
 _BATCH_SIZE = 1024
 
 
@@ -123,6 +124,10 @@ class RowSource:
     def num_rows(self) -> int:
         return sum(part.num_rows for part in self.tags)
 
+    def num_untagged(self, left_out: LeftOut) -> int:
+        """How many images have no tags, or none that are true, once all rows were read."""
+        return sum(part.num_rows for part in self.images) - self.num_rows + left_out.counts[OUTDATED]
+
     def rows(
         self,
         tag_columns: Sequence[str] | None,
@@ -171,7 +176,7 @@ class RowSource:
         for row, image in zip(tags.to_pylist(), found, strict=True):
             needs_review = row.get("review") == "needs_review"
             if image["image_id"] is None:
-                left_out.add(row["image_id"], row["uri"], "not in the catalog any more")
+                left_out.add(row["image_id"], row["uri"], OUTDATED)
             elif needs_review and self.review == "exclude":
                 left_out.add(row["image_id"], row["uri"], "needs review")
             elif not needs_review and self.review == "only":
