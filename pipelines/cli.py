@@ -15,6 +15,7 @@ COMMANDS = {
     "history": "list the runs that changed a catalog",
     "rollback": "take table and index back to what they were after a run",
     "clean": "delete what no kept state of a catalog needs",
+    "tag": "say of every image what pages, feeds and ad servers ask for",
     "index": "make a new index from the catalog's table",
     "search": "find images by text or by image",
     "score": "say how likely captions describe their images",

@@ -1,4 +1,4 @@
-"""`beamsight evaluate`: how good a model is, on images with captions or labels.
+"""`beamsight evaluate`: how good a model is, on images with captions or labels, and how good the tags of a catalog are.
 
 The images go through the same readers, decoders and ops as in `build`, into part files of the user's
 cache, so that a second evaluation of the same model and images computes nothing.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from pipelines.evaluations import captions, matcher, retrieval, zero_shot
+from pipelines.evaluations import captions, matcher, retrieval, tags, zero_shot
 from pipelines.evaluations.report import as_json, as_page, as_table
 from pipelines.options import EvaluateOptions
 from vlm_ops import storage
@@ -18,6 +18,7 @@ _MEASURES = {
     "zero-shot": zero_shot.measure,
     "captions": captions.measure,
     "matcher": matcher.measure,
+    "tags": tags.measure,
 }
 
 

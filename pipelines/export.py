@@ -89,7 +89,7 @@ def addresses_of(options: ExportOptions, source: RowSource) -> Addresses:
 
 def _rows(options: ExportOptions, source: RowSource, left_out: LeftOut) -> Iterator[ExportRow]:
     module = _FORMATS[options.format]
-    with counting(source.num_rows, "export") as advance:
+    with counting("export", source.num_rows) as advance:
         yield from source.rows(module.TAG_COLUMNS, module.IMAGE_COLUMNS, left_out, advance)
 
 

@@ -13,6 +13,7 @@ from vlm_ops import storage
 from vlm_ops.delta_tables import read_columns
 from vlm_ops.faiss_index import read_index_manifest
 from vlm_ops.states import existing_state
+from vlm_ops.tag_statistics import describe_tags, tag_lines
 
 
 def run(options: InspectOptions) -> int:
@@ -47,15 +48,16 @@ def describe(catalog: CatalogLayout, storage_options: storage.StorageOptions) ->
         "failures": dict(failures.most_common()),
         "recipe": {
             "recipe_id": recipe.recipe_id,
-            "ops": {op.name: f"{op.model}@{op.revision}" if op.model else None for op in recipe.ops},
+            "ops": {op.name: f"{op.model}@{op.revision}" if op.model else op.revision for op in recipe.ops},
             "max_image_bytes": recipe.max_image_bytes,
             "max_image_pixels": recipe.max_image_pixels,
             "schema_version": recipe.schema_version,
         },
         "run": {"run_id": state.record.run_id, "action": state.record.action, "committed_at": state.record.committed_at},
         "index": index,
+        "tags": describe_tags(catalog, state.images, storage_options),
         "bytes": {name: _size(uri, storage_options) for name, uri in (
-            ("images", catalog.images), ("failures", catalog.failures), ("indexes", catalog.indexes), ("runs", catalog.runs),
+            ("images", catalog.images), ("failures", catalog.failures), ("tags", catalog.tags), ("indexes", catalog.indexes), ("runs", catalog.runs),
         )},
     }  # fmt: skip
 
@@ -79,7 +81,7 @@ def as_text(description: dict[str, Any]) -> str:
         f"size       {_megabytes(sum(description['bytes'].values()))} ({sizes})",
         f"last run   {run['run_id']} ({run['action']}, {run['committed_at']}); all of them: beamsight history {description['catalog']}",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *tag_lines(description["tags"], description["catalog"])])
 
 
 def _size(uri: str, storage_options: storage.StorageOptions) -> int:

@@ -22,10 +22,12 @@ from schemas.recipes import (
     DEFAULT_MAX_IMAGE_PIXELS,
     DEFAULT_MODEL,
     DEFAULT_OPS,
+    OP_GROUPS,
     OpSpec,
     Recipe,
 )
 from schemas.samples import FILES_PER_SHARD, INPUT_FORMATS
+from schemas.tags import DEFAULT_MAX_CATEGORIES, DEFAULT_MIN_SCORE, DEFAULT_TAXONOMY
 
 if TYPE_CHECKING:
     from vlm_ops.inputs import InputConfig
@@ -72,10 +74,13 @@ class BuildOptions(ReadingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ReadingOptions):
-    """Flags of `beamsight evaluate`. `label_field` and `template` are for `zero-shot`, `mention`, `synonyms` and
-    `never` for `captions`."""
+    """Flags of `beamsight evaluate`. `label_field` is for `zero-shot` and `tags`, `template` for `zero-shot`, `mention`,
+    `synonyms` and `never` for `captions`; `tags` reads `catalog`, `mapping` and `taxonomy` in place of `input`."""
 
     task: str
+    catalog: str | None
+    mapping: str | None
+    taxonomy: str
     label_field: str
     template: tuple[str, ...]
     mention: tuple[str, ...]
@@ -148,6 +153,23 @@ class IndexOptions(CatalogOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TagOptions(IndexOptions):
+    """Flags of `beamsight tag`. `calibrate`, `mapping` and `label_field` are for fitting `calibration`."""
+
+    taxonomy: str
+    max_categories: int
+    min_score: float
+    text_model: str | None
+    device: str
+    all: bool
+    dry_run: bool
+    calibration: str | None
+    calibrate: tuple[str, ...]
+    mapping: str | None
+    label_field: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetryOptions(IndexOptions):
     """Flags of `beamsight retry`."""
 
@@ -188,6 +210,8 @@ class SearchOptions(CatalogOptions):
     image: tuple[str, ...]
     queries: str | None
     k: int
+    where: str | None
+    param: dict[str, str]
     json: bool
     html: str | None
     model: str | None
@@ -228,7 +252,9 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
     _add_reading(parser)
     add("--catalog", required=True, metavar="DIR", help="where the catalog is or will be: a directory, s3:// or gs://")
     add("--ops", type=_names, metavar="OP[,OP]",
-        help=f"what to compute (default: those of {','.join(DEFAULT_OPS)} that the model serves; also: caption_match)")  # fmt: skip
+        help="what to compute: ops, and the words default and tagging for groups of them "
+             f"(default: default, those of {','.join(DEFAULT_OPS)} that the model serves; "
+             f"tagging: {','.join(OP_GROUPS['tagging'])}; also: caption_match)")  # fmt: skip
     add("--max_failure_rate", type=_fraction, default=0.05,
         help="publish nothing, and exit with 3, when a larger share of the images fails (default: %(default)s)")  # fmt: skip
     add("--prune", action="store_true",
@@ -245,15 +271,22 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
-    parser = _parser("evaluate", "Measures a model on images with captions or labels.")
+    parser = _parser("evaluate", "Measures a model on images with captions or labels, or the tags of a catalog.")
     add = parser.add_argument
-    add("task", choices=("retrieval", "zero-shot", "captions", "matcher"),
+    add("task", choices=("retrieval", "zero-shot", "captions", "matcher", "tags"),
         help="retrieval: captions find their image, images their captions; zero-shot: the best of all labels; "
              "captions: those that the model gives, against those of the images and against their metadata; "
-             "matcher: own captions are told from others")  # fmt: skip
-    _add_reading(parser)
+             "matcher: own captions are told from others; "
+             "tags: the categories of a tagged catalog, against labels that came with its images")  # fmt: skip
+    _add_reading(parser, is_optional=True)
+    group = parser.add_argument_group("tags").add_argument
+    group("--catalog", metavar="DIR", help="the tagged catalog, in place of --input")
+    group("--mapping", metavar="FILE",
+        help="YAML that says which category a label means, such as `Tea: Food & Drink > Non-Alcoholic Beverages`")  # fmt: skip
+    group("--taxonomy", default=DEFAULT_TAXONOMY, metavar="SPEC",
+        help="what it was tagged with: a built-in taxonomy or a file (default: %(default)s)")  # fmt: skip
     group = parser.add_argument_group("zero-shot").add_argument
-    group("--label_field", default="label", help="metadata field that holds the label (default: %(default)s)")
+    group("--label_field", default="label", help="metadata field that holds the label, for tags too (default: %(default)s)")
     group("--template", action="append", default=[],
         help="text of a label, {} standing for it; several are averaged (default: 'a photo of a {}')")  # fmt: skip
     group = parser.add_argument_group("captions").add_argument
@@ -270,6 +303,7 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
     )
     _add_workers(parser)
     args = parser.parse_args(argv)
+    _check_evaluated(parser, args)
     templates = tuple(args.template) or ("a photo of a {}",)
     if wrong := [template for template in templates if "{}" not in template]:
         parser.error(f"argument --template: {{}} must stand for the label, got {wrong[0]!r}")
@@ -279,6 +313,18 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
         parser.error("--synonyms needs --mention, the metadata fields whose values it has other words for")
     lists = {name: tuple(dict.fromkeys(getattr(args, name))) for name in ("input", "mention", "never")}
     return EvaluateOptions(**{**vars(args), **lists, "template": templates})
+
+
+def _check_evaluated(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Whether there is something to measure, of the right kind."""
+    if args.task != "tags" and (args.catalog or args.mapping):
+        parser.error(f"--catalog and --mapping are for tags, not for {args.task}")
+    if args.task != "tags" and not args.input:
+        parser.error("the following arguments are required: --input")
+    if args.task == "tags" and args.input:
+        parser.error("tags are read from --catalog; leave out --input")
+    if args.task == "tags" and not (args.catalog and args.mapping):
+        parser.error("tags needs --catalog, a tagged catalog, and --mapping, which says what its labels mean")
 
 
 def parse_score(argv: Sequence[str]) -> ScoreOptions:
@@ -452,6 +498,45 @@ def parse_index(argv: Sequence[str]) -> IndexOptions:
     return IndexOptions(**vars(args), beam_args=tuple(beam_args))
 
 
+def parse_tag(argv: Sequence[str]) -> TagOptions:
+    parser = _parser("tag", "Says of every image of a catalog what a page, a feed or an ad server wants to know: alt text, title, "
+                     "keywords, categories, suitability, ad slots. Reads no picture; what is new or changed is tagged.")  # fmt: skip
+    _add_catalog(parser)
+    add = parser.add_argument
+    add("--taxonomy", default=DEFAULT_TAXONOMY, metavar="SPEC",
+        help="of the categories: %(default)s, or a file: IAB's TSV, Google's product taxonomy, or YAML (default: %(default)s)")  # fmt: skip
+    add("--max_categories", type=_positive_int, default=DEFAULT_MAX_CATEGORIES,
+        help="at most so many categories an image (default: %(default)s)")  # fmt: skip
+    add("--min_score", type=_fraction, default=DEFAULT_MIN_SCORE,
+        help="leave out categories that are less likely; with a high one, more images have none (default: %(default)s)")  # fmt: skip
+    add("--text_model", metavar="SPEC",
+        help="language model with a chat template that writes title, description and keywords, such as hf:PATH (default: templates)")  # fmt: skip
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where it runs (default: %(default)s)")
+    add("--all", action="store_true", help="tag all images anew, not only what is new or changed")
+    add("--dry_run", action="store_true", help="say what would be done, and do nothing")
+    group = parser.add_argument_group(
+        "calibration", "What turns the scores of categories into probabilities."
+    ).add_argument
+    group("--calibration", metavar="FILE", help="use what was fitted before (default: what comes with the encoder)")
+    group("--calibrate", nargs="+", action="extend", default=[], metavar="PATTERN",
+          help="first fit it on these labelled images, encoded as the catalog's are, and write it to --calibration")  # fmt: skip
+    group(
+        "--mapping", metavar="FILE", help="which category each label of these images means: YAML of `label: id or path`"
+    )
+    group("--label_field", default="label", help="metadata field that holds the label (default: %(default)s)")
+    _add_storage(parser)
+    _add_running(parser)
+    args, beam_args = parser.parse_known_args(argv)
+    _check_beam_args(parser, args, beam_args)
+    if args.calibrate and not (args.mapping and args.calibration):
+        parser.error(
+            "--calibrate needs --mapping, which says what the labels mean, and --calibration, the file to write"
+        )
+    if args.mapping and not args.calibrate:
+        parser.error("--mapping is for --calibrate; give that too")
+    return TagOptions(**{**vars(args), "calibrate": tuple(args.calibrate), "beam_args": tuple(beam_args)})
+
+
 def parse_retry(argv: Sequence[str]) -> RetryOptions:
     parser = _parser("retry", "Tries again what failed: images, list entries and shards of the failures table.")
     _add_catalog(parser)
@@ -502,6 +587,11 @@ def parse_search(argv: Sequence[str]) -> SearchOptions:
     add("--image", action="append", default=[], metavar="FILE", help="search with an image; may be given several times")
     add("--queries", metavar="FILE", help="file with one text a line, answered in one go as JSON lines")
     add("-k", type=_positive_int, default=10, help="results a query (default: %(default)s)")
+    add("--where", metavar="SQL",
+        help="only among images for which an SQL condition on their tags holds, such as \"suitability = 'low' and num_faces = 0\"; "
+             "k results are still k (columns: docs/tags.md)")  # fmt: skip
+    add("--param", action="append", type=_assignment, default=[], metavar="NAME=VALUE",
+        help="value that $NAME stands for in --where, with whatever characters; may be given several times")  # fmt: skip
     add("--json", action="store_true", help="one JSON line a query")
     add("--html", metavar="FILE", help="also write the results as one self-contained page of thumbnails")
     add("--model", metavar="SPEC", help="encoder of the queries (default: the one that built the catalog)")
@@ -517,6 +607,9 @@ def parse_search(argv: Sequence[str]) -> SearchOptions:
         parser.error("nothing to search for: give a text, --image FILE or --queries FILE")
     if not all(text.strip() for text in args.query):
         parser.error("a query is empty; give a text to search for")
+    if args.param and args.where is None:
+        parser.error("--param is for values in --where; give that too")
+    args.param = dict(args.param)
     return SearchOptions(**{**vars(args), "query": tuple(args.query), "image": tuple(args.image)})
 
 
@@ -959,6 +1052,13 @@ def _duration(text: str) -> timedelta:
             f"must be a number of days, hours or minutes, such as 14d, 36h or 90m, got {text!r}"
         )
     return timedelta(**{{"d": "days", "h": "hours", "m": "minutes"}[match[2]]: float(match[1])})
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value
 
 
 def _folder_url(text: str) -> str:

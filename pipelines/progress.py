@@ -6,12 +6,12 @@ it. In another process nobody has opened a progress, and reports go nowhere.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -128,20 +128,36 @@ def report_finished(run_id: str, shard: ShardRef, num_images: int) -> None:
         progress.finish(shard, num_images)
 
 
-@contextlib.contextmanager
-def counting(total: int, title: str) -> Iterator[Callable[[int], None]]:
-    """Yields what is to be called with the number of images done: a bar on a terminal, a log line now and then elsewhere."""
-    started = logged = time.monotonic()
-    done = 0
-    with tqdm(total=total, unit="image", dynamic_ncols=True, desc=title, disable=not sys.stderr.isatty()) as bar:
+@contextmanager
+def counting(title: str, total: int, unit: str = "image") -> Iterator[Callable[[int], None]]:
+    """Shows how far something is of which the amount is known; yields what is called with each further amount.
 
-        def advance(images: int) -> None:
-            nonlocal logged, done
-            done += images
-            bar.update(images)
-            now = time.monotonic()
-            if bar.disable and now - logged >= LOG_INTERVAL_SEC:
+    Args:
+        unit: `image`, say; of bytes, `B`.
+    """
+    started = logged = time.monotonic()
+    lock = threading.Lock()
+    is_scaled = unit == "B"
+    with tqdm(
+        total=total, unit=unit, unit_scale=is_scaled, desc=title, disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+        done = 0
+
+        def advance(amount: int) -> None:
+            nonlocal done, logged
+            with lock:
+                done += amount
+                bar.update(amount)
+                now = time.monotonic()
+                if not bar.disable or now - logged < LOG_INTERVAL_SEC:
+                    return
                 logged = now
-                logger.info("%d of %d images, %.0f images/s", done, total, done / (now - started))
+                rate = done / (now - started)
+                scale, name = (1e6, "MB") if is_scaled else (1, f"{unit}s")
+                logger.info(
+                    "%s: %.0f of %.0f %s, %.1f %s/s, time left %s",
+                    title, done / scale, total / scale, name, rate / scale, name,
+                    f"{(total - done) / rate:.0f} s" if done else "unknown",
+                )  # fmt: skip
 
         yield advance

@@ -15,7 +15,7 @@ from schemas.catalog import CatalogLayout
 from schemas.manifests import IndexManifest
 from schemas.tables import RESULTS
 from vlm_ops import storage
-from vlm_ops.faiss_index import open_index
+from vlm_ops.faiss_index import OpenIndex, open_index
 from vlm_ops.models import ModelInfo, describe_model, load_image_model, load_text_model
 
 
@@ -43,13 +43,23 @@ def run(options: SearchOptions) -> int:
     vectors = np.concatenate(
         [_encode_texts(texts, encoder, index.manifest.d), _encode_images(options, encoder, index.manifest.d)]
     )
-    found = index.search(vectors, options.k)
+    found = index.search(vectors, options.k, _chosen(index, catalog, options))
     answers = [Answer(query, is_image, rows) for (query, is_image), rows in zip(queries, found, strict=True)]
     for answer in answers:
         print(as_json(answer) if options.json or options.queries else as_table(answer))
     if options.html:
         _write_gallery(options.html, answers, options)
     return 0
+
+
+def _chosen(index: OpenIndex, catalog: CatalogLayout, options: SearchOptions) -> np.ndarray | None:
+    """The images for which --where holds; None without it."""
+    if options.where is None:
+        return None
+    from vlm_ops.filters import matching_ids, open_tags  # heavy, and not always needed
+
+    tags = open_tags(catalog, options.storage_options)
+    return matching_ids(index.rows, tags, options.where, options.param)
 
 
 def as_json(answer: Answer) -> str:
@@ -65,7 +75,7 @@ def as_table(answer: Answer) -> str:
         labels = ", ".join(label["name"] for label in (row.get("labels") or [])[:2])
         caption = row.get("caption")
         lines.append(f"  {row['score']:6.3f}  {(caption or labels)[:44]:<44}  {row['uri']}")
-    return "\n".join(lines if answer.results else [*lines, "  no images in the index"])
+    return "\n".join(lines if answer.results else [*lines, "  no images"])
 
 
 def _encoder(manifest: IndexManifest, wanted: str | None, catalog: CatalogLayout) -> ModelInfo:

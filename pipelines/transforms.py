@@ -15,9 +15,13 @@ from pipelines import progress
 from schemas.catalog import CatalogLayout
 from schemas.manifests import IndexManifest, RunManifest
 from schemas.samples import ShardRef
+from schemas.tags import TagRecord
 from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.parts import PartSummary
 from vlm_ops.publishing import PublishConfig, publish_index, publish_run
+from vlm_ops.tag_parts import TagSummary, TagWork
+from vlm_ops.tag_publishing import TagPublishConfig, publish_tags
+from vlm_ops.tagging import TagConfig, tagger_of
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +113,69 @@ class PublishIndex(beam.PTransform):
         return run_ids | beam.Map(_index, self.catalog, self.storage_options)
 
 
+@dataclass
+class TagParts(beam.PTransform):
+    """Tags parts of the images and writes a part of the tags for each.
+
+    Input: TagWork. Output: TagSummary. Failures: none of single images; storage errors raise, so that the runner
+    tries the part again. Shuffles the references, and nothing else.
+
+    Args:
+        config: What to say, and where to.
+    """
+
+    config: TagConfig
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, work: beam.PCollection) -> beam.PCollection:
+        return work | beam.Reshuffle() | beam.ParDo(TagPartDoFn(self.config, Shared()))
+
+
+class TagPartDoFn(beam.DoFn):
+    """One part an element. Rules and models are loaded once a process and shared by its threads."""
+
+    def __init__(self, config: TagConfig, shared: Shared) -> None:
+        self.config = config
+        self.shared = shared
+        self.images = Metrics.counter("beamsight", "images_tagged")
+
+    def setup(self) -> None:
+        self.tagger = self.shared.acquire(lambda: tagger_of(self.config))
+
+    def process(self, element: TagWork) -> Iterator[TagSummary]:
+        summary = self.tagger.tag(element)
+        self.images.inc(summary.num_rows)
+        yield summary
+
+
+@dataclass
+class PublishTags(beam.PTransform):
+    """Commits all parts of the tags at once.
+
+    Input: TagSummary. Output: one TagRecord. Gathers the summaries in one place.
+
+    Args:
+        config: The run.
+    """
+
+    config: TagPublishConfig
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, parts: beam.PCollection) -> beam.PCollection:
+        return parts | beam.combiners.ToList() | beam.Map(_publish_tags, self.config)
+
+
 def _publish(summaries: list[PartSummary], config: PublishConfig) -> RunManifest:
     return publish_run(config, summaries)
 
 
 def _index(run_id: str, catalog: str, storage_options: dict[str, Any]) -> IndexManifest:
     return publish_index(CatalogLayout(catalog), run_id, storage_options)
+
+
+def _publish_tags(summaries: list[TagSummary], config: TagPublishConfig) -> TagRecord:
+    return publish_tags(config, summaries)

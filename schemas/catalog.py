@@ -71,7 +71,7 @@ def is_data_file(path: str) -> bool:
     run_id, _, name = rest.rpartition("/")
     unfinished = _UNFINISHED.fullmatch(name)
     name = unfinished["name"] if unfinished else name
-    if folder in ("images", "failures"):
+    if folder in ("images", "failures", "tags"):
         return not run_id and parse_part_name(name) is not None
     if not _RUN_ID.fullmatch(run_id):
         return False

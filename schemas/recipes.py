@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from schemas.samples import to_json
 
 # Raised when a column changes its meaning, so that older rows are computed anew.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 DEFAULT_OPS = ("quality", "features", "labels", "caption", "embedding")
+# What a word stands for where ops are named; `default` too, which depends on the model.
+OP_GROUPS = {"default": DEFAULT_OPS, "tagging": ("safety", "ocr", "faces", "focus")}
 DEFAULT_MODEL = "compact"
 DEFAULT_MAX_IMAGE_BYTES = 100_000_000
 DEFAULT_MAX_IMAGE_PIXELS = 200_000_000
@@ -18,7 +20,7 @@ DEFAULT_MAX_IMAGE_PIXELS = 200_000_000
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op of a recipe. `model` and `revision` are None for ops without a model."""
+    """One op of a recipe. `model` is None for ops without a model, `revision` for those without weights."""
 
     name: str
     model: str | None = None
@@ -67,6 +69,8 @@ class Recipe:
         told += list(
             dict.fromkeys(
                 f"model {mine[name].model}@{mine[name].revision} -> {op.model}@{op.revision}"
+                if op.model
+                else f"op {name} {mine[name].revision} -> {op.revision}"
                 for name, op in theirs.items()
                 if name in mine and mine[name] != op
             )

@@ -31,6 +31,8 @@ POINT = pa.struct([("x", pa.float32()), ("y", pa.float32())])
 _TEXTS = pa.list_(pa.struct([("text", pa.string()), ("score", pa.float32()), ("box", BOX)]))
 _FACES = pa.list_(pa.struct([("box", BOX), ("score", pa.float32())]))
 _CROPS = pa.list_(pa.struct([("aspect", pa.string()), ("box", BOX)]))
+# Aspect ratios that crops are made for: width by height.
+CROP_ASPECTS = {"1:1": 1.0, "1.91:1": 1.91, "4:5": 4 / 5, "9:16": 9 / 16}
 _QUALITY_PARTS = ("sharpness", "exposure", "contrast", "plain_background", "border")
 
 _IDENTITY = (
@@ -136,7 +138,7 @@ _OP_COLUMNS = (
         "crops",
         _CROPS,
         "focus",
-        "aspect ratio (1:1, 1.91:1, 4:5, 9:16), box in shares of width and height",
+        f"aspect ratio ({', '.join(CROP_ASPECTS)}), box in shares of width and height",
         "The best crop for each aspect ratio.",
     ),
     column("features", _VECTOR, "features", "float32[feature_dim]", "Pooled CNN features, as the model gives them."),

@@ -5,12 +5,15 @@ Every column names the rule that its values follow and who published it; `docs/t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
+from schemas.samples import to_json
 from schemas.tables import BOX, POINT, column
 
 
@@ -46,6 +49,8 @@ class ImageEvidence:
     """All that is known of an image: a row of the `images` table. None where an op was off.
 
     Attributes:
+        format: Encoding, such as `JPEG`.
+        num_bytes: Size of the file.
         metadata: What came with the image, `source_metadata` parsed; empty where nothing did.
         texts: What OCR found; None where it was not run.
         faces: Their boxes; None where none were looked for.
@@ -58,6 +63,8 @@ class ImageEvidence:
     key: str = ""
     width: int | None = None
     height: int | None = None
+    format: str | None = None
+    num_bytes: int | None = None
     caption: str | None = None
     caption_source: str | None = None
     caption_score: float | None = None
@@ -150,6 +157,72 @@ class AdSlot:
     crop: Box | None = None
 
 
+DEFAULT_TAXONOMY = "iab-content-3.1"
+DEFAULT_MAX_CATEGORIES = 5
+DEFAULT_MIN_SCORE = 0.35
+
+# Raised when a rule of ours changes, so that all rows are made anew.
+TAG_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TagRecipe:
+    """Everything that decides what a row of `tags` says, besides the row of `images` it is made from.
+
+    Attributes:
+        taxonomy: Name of the taxonomy.
+        taxonomy_version: Its version.
+        taxonomy_hash: Hash of its nodes.
+        categories: Names all that decides the categories: prompts, encoder, calibration, how many and how sure; None where
+            the catalog has no embeddings.
+        suitability: Names the rules of suitability.
+        ad_slots: Names the rules of the ad slots that are in force.
+        text_model: Names the language model that writes; None for the templates.
+        version: TAG_VERSION.
+    """
+
+    taxonomy: str
+    taxonomy_version: str
+    taxonomy_hash: str
+    categories: str | None
+    suitability: str
+    ad_slots: str
+    text_model: str | None
+    version: int = TAG_VERSION
+
+    @property
+    def recipe_id(self) -> str:
+        return hashlib.sha256(to_json(self).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class TagRecord:
+    """What a commit of the `tags` table says of itself, in its log.
+
+    Attributes:
+        images_version: Version of the images table that the tags belong to.
+        images_run_id: The run that committed that version.
+        num_images: Rows of the table.
+        num_tagged: Those of them that this run made.
+    """
+
+    run_id: str
+    committed_at: str
+    images_version: int
+    images_run_id: str
+    recipe: TagRecipe
+    num_images: int
+    num_tagged: int
+
+    def to_json(self) -> str:
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> TagRecord:
+        values: dict[str, Any] = json.loads(text)
+        return cls(**{**values, "recipe": TagRecipe(**values["recipe"])})
+
+
 TEXT_FIELDS = ("alt_text", "title", "caption", "description", "keywords")
 
 _STRINGS = pa.list_(pa.string())
@@ -192,15 +265,15 @@ TAGS = pa.schema(
         tag_column("slug", pa.string(), "ASCII", "Name for a URL; unique in the catalog, and the same as long as image and caption are.", "a-z, 0-9 and hyphens, at most 60 characters"),
         tag_column("language", pa.string(), "BCP 47", "Language of the written fields."),
         tag_column("categories", _CATEGORIES, "id, path, score in [0, 1], evidence", "Nodes of the taxonomy, likeliest first; empty where none is likely enough.", "Calibrated probabilities; a child is never likelier than its parent"),
-        tag_column("sensitive_topics", _TOPICS, "id, name, score in [0, 1], evidence", "IAB's sensitive topics that the picture touches."),
-        tag_column("suitability", pa.string(), "`floor`, `high`, `medium`, `low`", "Level of risk for an advertiser beside the picture; null where it cannot be told."),
-        tag_column("suitability_evidence", _STRINGS, "sentences", "What led to `suitability`."),
-        tag_column("dominant_colors", _COLORS, "up to 5 of hex, share in [0, 1], name", "Most frequent colours, largest share first."),
+        tag_column("sensitive_topics", _TOPICS, "id, name, score in [0, 1], evidence", "IAB's sensitive topics that the picture touches, surest first; each with what spoke for it.", "The eleven of Content Taxonomy 3.1 (root v9i3On), by id; what is only doubtful is in `review_reasons`", "https://github.com/InteractiveAdvertisingBureau/Taxonomies"),
+        tag_column("suitability", pa.string(), "`floor`, `high`, `medium`, `low`", "Level of risk for an advertiser beside the picture; null where it cannot be told.", "The worst that something sure asks for; `low` only where everything was looked for and nothing was found", "https://www.brandsafetyinstitute.com/resources/frameworks/brand-safety-floor-suitability"),
+        tag_column("suitability_evidence", _STRINGS, "sentences", "What led to `suitability`.", "Topic and what spoke for it, in words"),
+        tag_column("dominant_colors", _COLORS, "up to 5 of hex, share in [0, 1], name", "Most frequent colours, largest share first.", "The name of the nearest anchor in OKLab: the eleven basic colour terms, and seven that shops use", "https://bottosson.github.io/posts/oklab/"),
         tag_column("focus", POINT, "x, y in [0, 1]", "The point that a crop should keep."),
-        tag_column("ad_slots", _SLOTS, "slot, eligible, reasons, crop", "Published formats, and whether the picture may be used in each."),
+        tag_column("ad_slots", _SLOTS, "slot, eligible, reasons, crop", "Published formats, and whether the picture may be used in each; reasons also where it may.", "Size, aspect ratio, file and text as the format's publisher asks on the day of the run, in the image or in the crop", "https://support.google.com/google-ads/answer/17090561 https://support.google.com/google-ads/answer/17140672 https://support.google.com/adspolicy/answer/6363786 https://support.google.com/merchants/answer/6324350"),
         tag_column("text_share", pa.float32(), "[0, 1]", "Share of the area that is text."),
         tag_column("num_faces", pa.int32(), "count", "Faces found; null where none were looked for."),
-        tag_column("rights", _RIGHTS, "text", "Creator, credit, notice and licence, where the image came with them."),
+        tag_column("rights", _RIGHTS, "text", "Creator, credit, notice and licence, where the image came with them.", "Only what metadata say; a licence is a URL where it has one, and `acquire_license_page` always is", "https://developers.google.com/search/docs/appearance/structured-data/image-license-metadata"),
         tag_column("review", pa.string(), "`ok`, `needs_review`", "Whether a person should look at it."),
         tag_column("review_reasons", _STRINGS, "sentences", "Why."),
         tag_column("tag_source", pa.struct([(name, pa.string()) for name in TEXT_FIELDS]), "`generated`, `labels`, `source_metadata` or `text_model`", "Where each written field comes from."),

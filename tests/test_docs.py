@@ -9,13 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_catalog_page_is_current() -> None:
+def test_generated_pages_are_current() -> None:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec and spec.loader
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    written = (ROOT / "docs" / "catalog.md").read_text(encoding="utf-8")
-    assert written == generate.catalog_page(), "run `make docs`"
+    for name, text in (("catalog.md", generate.catalog_page()), ("tags.md", generate.tags_page())):
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "run `make docs`"
 
 
 def test_links_in_documents_lead_somewhere() -> None:

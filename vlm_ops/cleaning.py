@@ -14,8 +14,9 @@ from typing import Any
 from schemas.catalog import CatalogLayout, is_data_file
 from vlm_ops import storage
 from vlm_ops.states import CatalogState, commits, state_of
+from vlm_ops.tag_states import tag_parts_since
 
-_FOLDERS = ("images", "failures", "indexes", "runs")
+_FOLDERS = ("images", "failures", "tags", "indexes", "runs")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def unneeded_files(
         if superseded_at is None or superseded_at >= since:
             needed |= needed_files(state_of(catalog, commit, storage_options))
         superseded_at = datetime.fromisoformat(commit.record.committed_at)
+    needed |= {f"tags/{name}" for name in tag_parts_since(catalog, since, storage_options)}
     return [
         file
         for path, file in sorted(files.items())

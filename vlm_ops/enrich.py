@@ -32,7 +32,7 @@ from vlm_ops.batch_limits import BatchLimits, is_out_of_memory, release_cached_m
 from vlm_ops.contents import ContentDigest, KnownContents, ShardRows, StoredRows, sha256_of
 from vlm_ops.images import ImageFacts, decode, preprocess
 from vlm_ops.models import resolve_device
-from vlm_ops.ops import ImageBatch, Op, load_ops, reader_columns, schema_of
+from vlm_ops.ops import ImageBatch, Op, load_ops, reader_columns, schema_of, wanted_pixels
 from vlm_ops.parts import PartSummary, PartWriter, has_failures_part, read_summary, writing_part
 from vlm_ops.preprocessing import Preprocessing
 from vlm_ops.shards import ReadConfig, read_shard
@@ -126,7 +126,7 @@ class Enricher:
         self.config = config
         self.batch_size = config.batch_size or _BATCH_SIZE[device]
         self.ops = load_ops(config.recipe.ops, device)
-        self.preprocessings = tuple(dict.fromkeys(op.preprocessing for op in self.ops))
+        self.preprocessings = wanted_pixels(self.ops)
         self.schema = schema_of(config.recipe.ops)
         filled = {column.name for op in self.ops for column in op.columns}
         self._op_schema = pa.schema([column for column in self.schema if column.name in filled])
@@ -361,9 +361,20 @@ def decode_batch(
         kept.append(sample)
         facts.append(image.facts)
         for each, prepared in pixels.items():
-            prepared.append(preprocess(image.pixels, each).numpy())
-    stacked = {each: np.stack(prepared) for each, prepared in pixels.items() if prepared}
+            prepared.append(preprocess(image.pixels, each, image.facts).numpy())
+    stacked = {each: _stacked(prepared) for each, prepared in pixels.items() if prepared}
     return ImageBatch(kept, facts, stacked, {"decode": time.perf_counter() - started}), failures
+
+
+def _stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8[3, h, w] of several sizes -> uint8[n, 3, height, width] of the largest, each in the upper left corner."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+    if all(picture.shape == (3, height, width) for picture in pictures):
+        return np.stack(pictures)
+    stacked = np.zeros((len(pictures), 3, height, width), np.uint8)
+    for row, picture in zip(stacked, pictures, strict=True):
+        row[:, : picture.shape[1], : picture.shape[2]] = picture
+    return stacked
 
 
 def identify(sample: Sample, reader_columns: Sequence[str] = ()) -> ReadImage:

@@ -110,17 +110,18 @@ class OpenIndex:
     faiss_index: Any
     rows: pa.Table
 
-    def search(self, queries: np.ndarray, k: int) -> list[list[dict[str, Any]]]:
+    def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> list[list[dict[str, Any]]]:
         """The k most similar images of each query.
 
         Args:
             queries: float32[n, d], L2-normalised.
+            among: int64[m], the image ids to choose from; None chooses from all.
 
         Returns:
             For each query, rows of INDEX_ROW_COLUMNS with `score`, best first; fewer than k where
-            the index holds fewer.
+            there are fewer to choose from.
         """
-        scores, ids = self.faiss_index.search(np.ascontiguousarray(queries, np.float32), min(k, self.manifest.ntotal))
+        scores, ids = self._nearest(np.ascontiguousarray(queries, np.float32), k, among)
         found = np.unique(ids[ids >= 0])
         known = self.rows.column("image_id").to_numpy()
         positions = np.searchsorted(known, found)
@@ -133,6 +134,24 @@ class OpenIndex:
             ]
             for ids_of_query, scores_of_query in zip(ids, scores, strict=True)
         ]
+
+    def _nearest(self, queries: np.ndarray, k: int, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """(scores float32[n, k'], ids int64[n, k']), -1 where there are no more."""
+        if among is None:
+            return self.faiss_index.search(queries, min(k, self.manifest.ntotal))
+        k = min(k, len(among))
+        if not k:
+            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        selector = faiss.IDSelectorBatch(np.ascontiguousarray(among, np.int64))
+        if self.manifest.nprobe == 1:
+            return self.faiss_index.search(queries, k, params=faiss.SearchParameters(sel=selector))
+        lists = faiss.extract_index_ivf(self.faiss_index)
+        for nprobe in (lists.nprobe, lists.nlist):  # few images may all be in lists that are not visited
+            params = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
+            scores, ids = self.faiss_index.search(queries, k, params=params)
+            if (ids >= 0).all():
+                break
+        return scores, ids
 
 
 def open_index(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> OpenIndex:

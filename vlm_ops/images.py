@@ -60,26 +60,32 @@ class DecodedImage:
     facts: ImageFacts
 
 
-def preprocess(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """uint8[3, h, w] of any size -> uint8[3, size, size], by antialiased bicubic interpolation."""
-    size = preprocessing.size
-    if preprocessing.fit == "stretch":
-        return resize(pixels, size, size)
+def preprocess(pixels: torch.Tensor, preprocessing: Preprocessing, original: ImageFacts | None = None) -> torch.Tensor:
+    """uint8[3, h, w] of any size -> uint8[3, size, size], or for `contain` uint8[3, height, width] of its extent.
+
+    Args:
+        original: Whose width and height count for `contain`, where the pixels were decoded at a reduced scale.
+    """
+    size, interpolation = preprocessing.size, preprocessing.interpolation
+    if preprocessing.fit != "cover":
+        width, height = (original.width, original.height) if original else (pixels.shape[2], pixels.shape[1])
+        width, height = preprocessing.extent(width, height)
+        return resize(pixels, height, width, interpolation)
     height, width = pixels.shape[1:]
     longest = _MAX_ASPECT * min(height, width)
     if max(height, width) > longest:  # a line of a million pixels would be resized to gigabytes
         pixels = F.center_crop(pixels, [min(height, longest), min(width, longest)])
         height, width = pixels.shape[1:]
     scale = preprocessing.shorter_side / min(height, width)
-    resized = resize(pixels, max(size, round(height * scale)), max(size, round(width * scale)))
+    resized = resize(pixels, max(size, round(height * scale)), max(size, round(width * scale)), interpolation)
     return F.center_crop(resized, [size, size])
 
 
-def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Antialiased bicubic resize of uint8[3, h, w]; equal to Pillow's to within one level."""
+def resize(pixels: torch.Tensor, height: int, width: int, interpolation: str = "bicubic") -> torch.Tensor:
+    """Antialiased resize of uint8[3, h, w]; equal to Pillow's to within one level."""
     if pixels.shape[1:] == (height, width):
         return pixels
-    return F.resize(pixels, [height, width], interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+    return F.resize(pixels, [height, width], interpolation=F.InterpolationMode(interpolation), antialias=True)
 
 
 def decode(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, shorter_side: int | None = None) -> DecodedImage:

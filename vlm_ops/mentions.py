@@ -31,7 +31,7 @@ def mentions(caption: str, names: Iterable[str]) -> bool:
     Spaces and hyphens do not count: `Tshirts` is mentioned as "t-shirt", "tshirt" and "t shirt", and `Oat-Milk` as
     "oat milk". But "t-shirt" does not mention a shirt.
     """
-    wanted = frozenset().union(*(_numbers(_joined(words(name))) for name in names)) - {""}
+    wanted = frozenset().union(*(singulars(_joined(words(name))) for name in names)) - {""}
     longest = max(map(len, wanted), default=0) + _LONGEST_ENDING
     parts = words(caption)
     for start in range(len(parts)):
@@ -39,7 +39,7 @@ def mentions(caption: str, names: Iterable[str]) -> bool:
             run = _joined(parts[start:end])
             if len(run) > longest:
                 break
-            if wanted & _numbers(run):
+            if wanted & singulars(run):
                 return True
     return False
 
@@ -54,8 +54,8 @@ def _joined(parts: Sequence[str]) -> str:
     return "".join(parts).replace("-", "")
 
 
-def _numbers(word: str) -> frozenset[str]:
-    """A word and all that it may be the plural of: `dresses` -> `dresses`, `dresse`, `dress`."""
+def singulars(word: str) -> frozenset[str]:
+    """A lower-case word and all that it may be the plural of: `dresses` -> `dresses`, `dresse`, `dress`."""
     if not word.endswith("s") or word.endswith("ss") or word in _PLURALS_ONLY:
         return frozenset({word})
     found = {word, word[:-1]}

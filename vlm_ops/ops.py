@@ -4,8 +4,11 @@ An op is a class with a `name`, a `capability` it asks of its model (None: it ne
 `columns` it fills, the `preprocessing` it wants its pixels in, and
 `__call__(batch) -> {column: Arrow array}`. Of its model's encoding it reads its capability, or what it
 declares as `outputs`: nothing, where the model's preprocessing is all that it wants. Ops that share
-a model share one forward pass, and ops that share a preprocessing share one resize. An op of another
-package is named by its import path, `package.module:Class`.
+a model share one forward pass, and ops that share a preprocessing share one resize. An op that looks at pixels in
+a second form names it in `also_wants`. An op of another package is named by its import path, `package.module:Class`.
+
+An op whose weights or code come in packages that are not always there names them in `requires`, and `revision()`
+says what it computes by: a recipe holds it, so that other weights make another recipe.
 
 What an op fills is copied to further images with the same bytes. One that reads more than the pixels declares
 so: `reads = ("source_captions",)` are the columns of the reader on which its own depend.
@@ -15,24 +18,26 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
 
-import imagehash
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
-from schemas.recipes import DEFAULT_OPS, OpSpec
+from schemas.recipes import DEFAULT_OPS, OP_GROUPS, OpSpec
 from schemas.samples import Sample
 from schemas.tables import READER_COLUMNS, images_schema, op_columns
 from vlm_ops.images import ImageFacts
-from vlm_ops.models import ImageEncoding, ImageModel, MatchingModel, ModelInfo, describe_model, load_image_model
-from vlm_ops.preprocessing import THUMBNAIL, Preprocessing
+from vlm_ops.models import ImageEncoding, ImageModel, MatchingModel, describe_model, load_image_model
+from vlm_ops.preprocessing import Preprocessing
 
 NUM_LABELS = 5
-NUM_COLORS = 5
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ class ImageBatch:
     Attributes:
         samples: What they were decoded from.
         facts: Original size and format of each.
-        pixels: For each preprocessing that an op asked for, uint8[n, 3, size, size]. The pixels of
-            the full picture are not kept, so that memory does not depend on the photos' size.
+        pixels: For each preprocessing that an op asked for, uint8[n, 3, size, size]; for one that fits by `contain`
+            as large as the largest, each in the upper left corner (see `contents`). The pixels of the full picture
+            are not kept, so that memory does not depend on the photos' size.
         stage_sec: Seconds by stage, added to as the ops run.
     """
 
@@ -51,18 +57,32 @@ class ImageBatch:
     facts: Sequence[ImageFacts]
     pixels: Mapping[Preprocessing, np.ndarray]
     stage_sec: dict[str, float]
-    _encodings: dict[int, ImageEncoding] = field(default_factory=dict, repr=False)
+    _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def encoding(self, model: ImageModel) -> ImageEncoding:
         """The model's one forward pass over this batch, shared by its ops."""
-        if id(model) not in self._encodings:
-            started = time.perf_counter()
-            self._encodings[id(model)] = model.encode_images(self.pixels[model.preprocessing])
-            self.stage_sec["model"] = self.stage_sec.get("model", 0.0) + time.perf_counter() - started
-        return self._encodings[id(model)]
+        return self.shared(id(model), lambda: self._encode(model))
+
+    def _encode(self, model: ImageModel) -> ImageEncoding:
+        started = time.perf_counter()
+        encoding = model.encode_images(self.pixels[model.preprocessing])
+        self.stage_sec["model"] = self.stage_sec.get("model", 0.0) + time.perf_counter() - started
+        return encoding
+
+    def shared(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What several ops need of this batch, made by the first that asks."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return cast(_T, self._shared[key])
+
+    def contents(self, preprocessing: Preprocessing) -> list[np.ndarray]:
+        """uint8[3, h, w] of each image, without what it was padded with: views."""
+        extents = [preprocessing.extent(image.width, image.height) for image in self.facts]
+        rows = self.pixels[preprocessing] if extents else ()
+        return [row[:, :height, :width] for row, (width, height) in zip(rows, extents, strict=True)]
 
     def part(self, start: int, end: int) -> ImageBatch:
         """Images `start` to `end`, with nothing computed yet."""
@@ -83,30 +103,7 @@ class Op(Protocol):
     def __call__(self, batch: ImageBatch) -> dict[str, pa.Array]: ...
 
 
-class QualityOp:
-    """Facts about the picture: size, format, perceptual hash, dominant colours."""
-
-    name = "quality"
-    capability = None
-    columns = op_columns("quality")
-    preprocessing = THUMBNAIL
-
-    def __init__(self, model: ImageModel | None = None) -> None: ...
-
-    def __call__(self, batch: ImageBatch) -> dict[str, pa.Array]:
-        thumbnails = [Image.fromarray(pixels) for pixels in batch.pixels[THUMBNAIL].transpose(0, 2, 3, 1)]
-        return {
-            "width": pa.array([image.width for image in batch.facts], pa.int32()),
-            "height": pa.array([image.height for image in batch.facts], pa.int32()),
-            "format": pa.array([image.format for image in batch.facts]),
-            "phash": pa.array([str(imagehash.phash(thumbnail)) for thumbnail in thumbnails]),
-            "dominant_colors": pa.array(
-                [dominant_colors(thumbnail) for thumbnail in thumbnails], _type_of(self, "dominant_colors")
-            ),
-        }
-
-
-class _ModelOp:
+class ModelOp:
     """An op that reads its model's encoding."""
 
     name: str
@@ -120,7 +117,7 @@ class _ModelOp:
         self.preprocessing = model.preprocessing
 
 
-class FeaturesOp(_ModelOp):
+class FeaturesOp(ModelOp):
     """Pooled CNN features."""
 
     name = capability = "features"
@@ -130,7 +127,7 @@ class FeaturesOp(_ModelOp):
         return {"features": vectors(batch.encoding(self.model).features)}
 
 
-class LabelsOp(_ModelOp):
+class LabelsOp(ModelOp):
     """The likeliest class labels."""
 
     name = capability = "labels"
@@ -145,10 +142,10 @@ class LabelsOp(_ModelOp):
             [{"name": names[label], "score": float(row[label])} for label in best]
             for row, best in zip(probabilities, top, strict=True)
         ]
-        return {"labels": pa.array(rows, _type_of(self, "labels"))}
+        return {"labels": pa.array(rows, type_of(self, "labels"))}
 
 
-class CaptionOp(_ModelOp):
+class CaptionOp(ModelOp):
     """A generated sentence."""
 
     name = capability = "caption"
@@ -164,7 +161,7 @@ class CaptionOp(_ModelOp):
         }
 
 
-class CaptionMatchOp(_ModelOp):
+class CaptionMatchOp(ModelOp):
     """How well captions fit: those that came with the image, and the generated one where there is one."""
 
     name = "caption_match"
@@ -185,7 +182,7 @@ class CaptionMatchOp(_ModelOp):
         }
 
 
-class EmbeddingOp(_ModelOp):
+class EmbeddingOp(ModelOp):
     """The image–text embedding that search uses."""
 
     name = capability = "embedding"
@@ -195,8 +192,14 @@ class EmbeddingOp(_ModelOp):
         return {"image_embedding": vectors(batch.encoding(self.model).embeddings)}
 
 
-_OPS: dict[str, type[Any]] = {
-    op.name: op for op in (QualityOp, FeaturesOp, LabelsOp, CaptionOp, EmbeddingOp, CaptionMatchOp)
+# Those that need no module beside this one by themselves, the others by their import paths.
+_OPS: dict[str, type[Any] | str] = {
+    "quality": "vlm_ops.quality:QualityOp",
+    **{op.name: op for op in (FeaturesOp, LabelsOp, CaptionOp, EmbeddingOp, CaptionMatchOp)},
+    "safety": "vlm_ops.safety:SafetyOp",
+    "ocr": "vlm_ops.text_reading:OcrOp",
+    "faces": "vlm_ops.faces:FacesOp",
+    "focus": "vlm_ops.focus:FocusOp",
 }
 
 
@@ -206,11 +209,13 @@ def op_class(name: str) -> type[Any]:
     Raises:
         ValueError: There is no op of this name.
     """
-    if name in _OPS:
-        return _OPS[name]
-    module, separator, attribute = name.partition(":")
+    found = _OPS.get(name, name)
+    if not isinstance(found, str):
+        return found
+    module, separator, attribute = found.partition(":")
     if not separator:
-        raise ValueError(f"unknown op {name!r}; known ops: {', '.join(_OPS)}, or package.module:Class")
+        known = ", ".join((*_OPS, *OP_GROUPS))
+        raise ValueError(f"unknown op {name!r}; known ops: {known}, or package.module:Class")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -230,11 +235,15 @@ def default_ops(model_spec: str) -> tuple[str, ...]:
 def plan_ops(names: Iterable[str], model_spec: str) -> tuple[OpSpec, ...]:
     """Op names and the spec of their model -> the ops of a recipe, checked without loading weights.
 
+    Args:
+        names: Ops, and groups of them: `default` (see `default_ops`), or one of `OP_GROUPS`.
+
     Raises:
-        ValueError: An op is unknown, named twice, or reads an unknown column, or the model cannot serve it.
+        ValueError: An op is unknown, named twice, or reads an unknown column; the model cannot serve it, or its packages
+            are not installed.
     """
     specs: list[OpSpec] = []
-    for name in names:
+    for name in _without_groups(names, model_spec):
         capability = op_class(name).capability
         for column in getattr(op_class(name), "reads", ()):
             if column not in READER_COLUMNS:
@@ -242,34 +251,57 @@ def plan_ops(names: Iterable[str], model_spec: str) -> tuple[OpSpec, ...]:
                 raise ValueError(f"op {name!r} reads column {column!r}, which is none of the reader's: {known}")
         if any(spec.name == name for spec in specs):
             raise ValueError(f"op {name!r} is named twice in --ops")
+        revision = _installed_revision(name)
         if capability is None:
-            specs.append(OpSpec(name))
+            specs.append(OpSpec(name, revision=revision))
             continue
         info = describe_model(model_spec)
         if capability not in info.produces:
             can = ", ".join(sorted(info.produces))
             raise ValueError(f"model {model_spec!r} cannot serve op {name!r}; it serves: {can}")
-        specs.append(OpSpec(name, info.spec, info.revision))
+        specs.append(OpSpec(name, info.spec, info.revision if revision is None else f"{info.revision}+{revision}"))
     return tuple(specs)
 
 
+def _without_groups(names: Iterable[str], model_spec: str) -> Iterator[str]:
+    for name in names:
+        yield from default_ops(model_spec) if name == "default" else OP_GROUPS.get(name, (name,))
+
+
 def check_installed(specs: Iterable[OpSpec]) -> None:
-    """Finds out before any work whether the models of a recipe are the installed ones.
+    """Finds out before any work whether models and packages of a recipe are the installed ones.
 
     Raises:
-        ValueError: A model is unknown here, or has another revision than the recipe's.
+        ValueError: A model is unknown here, a package is missing, or one has another revision than the recipe's.
     """
     for spec in specs:
-        if spec.model is not None:
-            _check_revision(spec, describe_model(spec.model))
+        _check_revision(spec)
 
 
-def _check_revision(spec: OpSpec, info: ModelInfo) -> None:
-    if info.revision != spec.revision:
+def _check_revision(spec: OpSpec) -> None:
+    (installed,) = plan_ops([spec.name], spec.model or "")
+    if installed.revision != spec.revision:
+        of_what = f"model {spec.model}" if spec.model else f"op {spec.name}"
+        here = f"{spec.model or spec.name}@{installed.revision}"
         raise ValueError(
-            f"the recipe asks for model {spec.model}@{spec.revision}, but {info.name} is installed here; "
+            f"the recipe asks for {of_what}@{spec.revision}, but {here} is installed here; "
             "install the same version of beamsight and of its model packages on launcher and workers"
         )
+
+
+def _installed_revision(name: str) -> str | None:
+    """What the packages of an op make it compute by; None for an op that stands on none.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    op = op_class(name)
+    for package in getattr(op, "requires", ()):
+        if find_spec(package) is None:
+            raise ValueError(
+                f"op {name!r} needs the package {package!r}, which is not installed; pip install 'beamsight[tagging]'"
+            )
+    return op.revision() if hasattr(op, "revision") else None
 
 
 def load_ops(specs: Iterable[OpSpec], device: str = "auto") -> list[Op]:
@@ -279,6 +311,7 @@ def load_ops(specs: Iterable[OpSpec], device: str = "auto") -> list[Op]:
         ValueError: The model that is installed here has another revision than the recipe's.
     """
     specs = list(specs)
+    check_installed(specs)
     outputs: dict[str, set[str]] = {}
     for spec in specs:
         if spec.model is not None:
@@ -292,9 +325,13 @@ def load_ops(specs: Iterable[OpSpec], device: str = "auto") -> list[Op]:
             if spec.model not in models:
                 models[spec.model] = load_image_model(spec.model, device, frozenset(outputs[spec.model]))
             model = models[spec.model]
-            _check_revision(spec, model.info)
         ops.append(op_class(spec.name)(model))
     return ops
+
+
+def wanted_pixels(ops: Iterable[Op]) -> tuple[Preprocessing, ...]:
+    """The forms in which the ops want their pixels, each once."""
+    return tuple(dict.fromkeys(form for op in ops for form in (op.preprocessing, *getattr(op, "also_wants", ()))))
 
 
 def reader_columns(ops: Iterable[Op]) -> tuple[str, ...]:
@@ -315,18 +352,12 @@ def vectors(values: np.ndarray | None) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(np.arange(n + 1, dtype=np.int32) * d), flat)
 
 
-def dominant_colors(picture: Image.Image, num_colors: int = NUM_COLORS) -> list[dict[str, Any]]:
-    """The most frequent colours of a small RGB picture: `{"hex", "share"}`, largest share first."""
-    reduced = picture.quantize(num_colors, method=Image.Quantize.FASTOCTREE)
-    palette = reduced.getpalette() or []
-    counts = sorted(cast("list[tuple[int, int]]", reduced.getcolors() or []), reverse=True)
-    total = sum(count for count, _ in counts)
-    colors = []
-    for count, index in counts:
-        red, green, blue = palette[3 * index : 3 * index + 3]
-        colors.append({"hex": f"#{red:02x}{green:02x}{blue:02x}", "share": count / total})
-    return colors
-
-
-def _type_of(op: Any, column: str) -> pa.DataType:
+def type_of(op: Any, column: str) -> pa.DataType:
     return next(field.type for field in op.columns if field.name == column)
+
+
+def package_folder(package: str) -> Path:
+    """Where a package is, without importing it."""
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations, package
+    return Path(spec.submodule_search_locations[0])

@@ -29,7 +29,8 @@ _REPORT_IMAGES = 24
 
 @dataclass(frozen=True)
 class Card:
-    """One picture of a gallery. `picture` is a data URI, or None with the reason in `missing`."""
+    """One picture of a gallery. `picture` is a data URI, or None with the reason in `missing`; `details` are what else
+    is said of it, by name."""
 
     name: str
     uri: str
@@ -38,6 +39,7 @@ class Card:
     score: str | None
     picture: str | None
     missing: str
+    details: Sequence[tuple[str, str]] = ()
 
     @property
     def alt(self) -> str:

@@ -4,32 +4,61 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_FITS = ("stretch", "cover", "contain")
+_INTERPOLATIONS = ("bicubic", "bilinear")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
     """How pixels become a model's input.
 
     Attributes:
-        size: Height and width of the model's input.
-        fit: `stretch` (the whole image, aspect ratio given up) or `cover` (the shorter side
-            resized to `size / crop_fraction`, then a centre crop).
+        size: Height and width of the model's input; for `contain`, the most that the longer side has.
+        fit: `stretch` (the whole image, aspect ratio given up), `cover` (the shorter side
+            resized to `size / crop_fraction`, then a centre crop) or `contain` (the whole image in its own
+            aspect ratio, and never enlarged).
         crop_fraction: For `cover`, the share of the shorter side that the crop keeps.
+        interpolation: `bicubic` or `bilinear`; antialiased.
     """
 
     size: int
     fit: str = "stretch"
     crop_fraction: float = 1.0
+    interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        if self.fit not in ("stretch", "cover"):
-            raise ValueError(f"unknown fit {self.fit!r}; use 'stretch' or 'cover'")
+        if self.fit not in _FITS:
+            raise ValueError(f"unknown fit {self.fit!r}; use {', '.join(map(repr, _FITS[:-1]))} or {_FITS[-1]!r}")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction}")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; use {' or '.join(_INTERPOLATIONS)}")
+
+    def extent(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that an image of this size has afterwards."""
+        if self.fit != "contain":
+            return self.size, self.size
+        scale = min(1.0, self.size / max(width, height))
+        return max(1, round(width * scale)), max(1, round(height * scale))
 
     @property
     def shorter_side(self) -> int:
-        """What the shorter side of an image must have, for nothing to be lost."""
+        """What the shorter side of an image must have, for nothing to be lost.
+
+        For `contain` half the longer side's: an image decoded at a reduced scale keeps twice of it, so that neither
+        side is shorter than what the longer one needs.
+        """
+        if self.fit == "contain":
+            return -(-self.size // 2)
         return self.size if self.fit == "stretch" else round(self.size / self.crop_fraction)
+
+    def window(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """What of an image of this size the model sees: left, top, right and bottom, in shares of its width and height."""
+        if self.fit != "cover":
+            return 0.0, 0.0, 1.0, 1.0
+        side = self.crop_fraction * min(width, height)
+        left, top = (1 - side / width) / 2, (1 - side / height) / 2
+        return left, top, 1 - left, 1 - top
 
 
 THUMBNAIL = Preprocessing(size=64)

@@ -25,7 +25,7 @@ from vlm_ops.states import (
     Commit,
     Gone,
     StateParts,
-    check_parts_are_there,
+    check_state_is_there,
     commit_parts,
     count_changes,
     current_state,
@@ -171,7 +171,7 @@ def _publish(
     if state.sequence != config.sequence:
         raise conflict(catalog.images, f"{state.sequence - config.sequence} commits since this run began")
     parts = parts_after(catalog, state, summaries, config.gone, options)
-    check_parts_are_there(catalog, state, parts, options)  # for the index; at the commit once more
+    check_state_is_there(catalog, state, parts, options)  # for the index; at the commit once more
     parts = replace(parts, images=with_true_firsts(catalog, parts.images, options))
     has_same_images = set(parts.images) == set(state.images)
     if state.commit and has_same_images and set(parts.failures) == set(state.failures):

@@ -179,7 +179,7 @@ def commit_parts(
     Raises:
         CommitConflictError: The catalog has another state by now.
     """
-    check_parts_are_there(catalog, state, parts, storage_options)
+    check_state_is_there(catalog, state, parts, storage_options)
     failures_version = set_live(catalog.failures, FAILURES, parts.failures, record.run_id, storage_options)
     told = CommitRecord(**{**vars(record), "failures_version": failures_version})
     metadata = {_RECORD: told.to_json()}
@@ -299,26 +299,32 @@ def _without_rows(
     return [copy] if copy.num_rows else []
 
 
-def check_parts_are_there(
+def check_state_is_there(
     catalog: CatalogLayout, state: CatalogState, parts: StateParts, storage_options: storage.StorageOptions
+) -> None:
+    """Raises:
+    RuntimeError: New parts of a state are not there.
+    """
+    check_parts_are_there(catalog.images, parts.images, state.images, storage_options)
+    check_parts_are_there(catalog.failures, parts.failures, state.failures, storage_options)
+
+
+def check_parts_are_there(
+    uri: str, new: Sequence[LivePart], old: Sequence[LivePart], storage_options: storage.StorageOptions
 ) -> None:
     """What is about to become visible must be there: `clean` may have taken what it found unused.
 
     Raises:
         RuntimeError: It is not.
     """
-    for uri, new, old in (
-        (catalog.images, parts.images, state.images),
-        (catalog.failures, parts.failures, state.failures),
-    ):
-        added = {part.name for part in new} - {part.name for part in old}
-        if not added:
-            continue
-        fs = storage.filesystem(uri, storage_options)
-        fs.invalidate_cache()
-        missing = added - {str(path).rsplit("/", 1)[-1] for path in fs.ls(uri, detail=False)}
-        if missing:
-            raise RuntimeError(
-                f"{len(missing)} parts of this run are not in {uri} any more, such as {min(missing)} (was `beamsight clean` at work?); "
-                "run the same command again"
-            )
+    added = {part.name for part in new} - {part.name for part in old}
+    if not added:
+        return
+    fs = storage.filesystem(uri, storage_options)
+    fs.invalidate_cache()
+    missing = added - {str(path).rsplit("/", 1)[-1] for path in fs.ls(uri, detail=False)}
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} parts of this run are not in {uri} any more, such as {min(missing)} (was `beamsight clean` at work?); "
+            "run the same command again"
+        )

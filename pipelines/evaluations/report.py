@@ -50,7 +50,7 @@ def evaluation_of(
     examples: Mapping[str, Sequence[Example]],
 ) -> Evaluation:
     """Of all examples, the first ones of each section, and no image twice in a section."""
-    shown = {title: _first_of_each(section) for title, section in examples.items()}
+    shown = {title: first_of_each(section) for title, section in examples.items()}
     return Evaluation(options.task, describe_model(options.model).name, options.input, counts, figures, shown)
 
 
@@ -108,7 +108,8 @@ def as_page(evaluation: Evaluation, options: EvaluateOptions) -> str:
     return render_gallery(f"Beamsight {evaluation.task}", facts, sections, table)
 
 
-def _first_of_each(examples: Sequence[Example]) -> list[Example]:
+def first_of_each(examples: Sequence[Example]) -> list[Example]:
+    """The first ones that a page has room for, and no image twice."""
     of_image: dict[int, Example] = {}
     for example in examples:
         of_image.setdefault(example.row["image_id"], example)

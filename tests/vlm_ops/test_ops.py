@@ -15,14 +15,14 @@ from tests import toys
 from tests.conftest import encode, jpeg, photo
 from tests.toys import ToyImageModel
 from vlm_ops.enrich import decode_batch
-from vlm_ops.ops import ImageBatch, dominant_colors, load_ops, plan_ops, reader_columns, schema_of, vectors
+from vlm_ops.ops import ImageBatch, load_ops, plan_ops, reader_columns, schema_of, vectors, wanted_pixels
 
 TOY = "python:tests.toys"
 
 
 def batch_of(datas: list[bytes], ops: list) -> ImageBatch:
     samples = [Sample(f"u{i}", f"u{i}", f"k{i}", data) for i, data in enumerate(datas)]
-    batch, failures = decode_batch(samples, [op.preprocessing for op in ops], 10**8)
+    batch, failures = decode_batch(samples, wanted_pixels(ops), 10**8)
     assert not failures
     return batch
 
@@ -42,13 +42,6 @@ def test_phash_is_near_for_the_same_picture_and_far_for_another() -> None:
     datas = [jpeg(1, 400, 300), encode(photo(1, 400, 300).resize((200, 150)), "PNG"), jpeg(2, 400, 300)]
     hashes = [imagehash.hex_to_hash(text) for text in op(batch_of(datas, [op]))["phash"].to_pylist()]
     assert hashes[0] - hashes[1] <= 6 < 15 <= hashes[0] - hashes[2]
-
-
-def test_dominant_colors_of_two_halves() -> None:
-    picture = Image.new("RGB", (64, 64), (255, 0, 0))
-    picture.paste((0, 0, 255), (0, 0, 64, 16))
-    found = dominant_colors(picture)
-    assert [(color["hex"], round(color["share"], 2)) for color in found] == [("#ff0000", 0.75), ("#0000ff", 0.25)]
 
 
 def test_ops_share_one_forward_pass() -> None:
@@ -74,7 +67,7 @@ def test_captions_and_images_match_or_not() -> None:
         Sample(f"u{i}", f"u{i}", f"k{i}", data, captions=own)
         for i, (data, own) in enumerate(zip((red, blue, blue), captions, strict=True))
     ]
-    batch, _ = decode_batch(samples, [op.preprocessing for op in ops], 10**8)
+    batch, _ = decode_batch(samples, wanted_pixels(ops), 10**8)
     ops[0](batch)
     columns = {name: array.to_pylist() for name, array in ops[1](batch).items()}
     assert columns == {"source_caption_match": [[1.0, 0.0], [], [1.0]], "caption_match": [1.0, 1.0, 1.0]}

@@ -48,12 +48,14 @@ class ModelInfo:
         revision: Changes whenever the weights or the arithmetic do.
         produces: What its image side gives: any of `features`, `grid`, `labels`, `embedding`, `caption`, `match`.
         encodes_text: Whether it has a text side.
+        map_dim: How many dimensions of the grid, from the first on, are the last feature map; None: all.
     """
 
     spec: str
     revision: str
     produces: frozenset[str]
     encodes_text: bool = True
+    map_dim: int | None = None
 
     @property
     def name(self) -> str:

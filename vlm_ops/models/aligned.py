@@ -17,7 +17,7 @@ _EXTRA_DIMS = 4  # in which the crowding stands
 
 def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
     produces = directory.base.produces & OF_BACKBONES | {"embedding", "match"}
-    return ModelInfo(spec, directory.revision, produces)
+    return ModelInfo(spec, directory.revision, produces, map_dim=directory.base.map_dim)
 
 
 def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:

@@ -32,7 +32,8 @@ _LABELS = 3  # of the likeliest classes, how many speak
 
 
 def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
-    return ModelInfo(spec, directory.revision, directory.base_produces | {"caption"}, directory.base.encodes_text)
+    base = directory.base
+    return ModelInfo(spec, directory.revision, directory.base_produces | {"caption"}, base.encodes_text, base.map_dim)
 
 
 def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:

