@@ -12,13 +12,13 @@ from pipelines.options import ExportOptions
 from pipelines.progress import counting
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
-from vlm_ops.delta_tables import live_parts, open_table
 from vlm_ops.exports import csv_file, jsonl, jsonld, merchant, sitemap, xmp
 from vlm_ops.exports.addresses import Addresses
 from vlm_ops.exports.rows import ExportRow, LeftOut, NothingToExportError, RowSource, leaving_out
 from vlm_ops.exports.targets import Target
 from vlm_ops.exports.urls import common_folder, is_web
 from vlm_ops.states import existing_state
+from vlm_ops.tag_states import existing_tags
 
 logger = logging.getLogger(__name__)
 _FORMATS: dict[str, Any] = {
@@ -64,10 +64,8 @@ def open_source(options: ExportOptions) -> RowSource:
     """
     catalog = CatalogLayout(storage.normalise(options.catalog))
     state = existing_state(catalog, options.storage_options)
-    tags = live_parts(open_table(catalog.tags, options.storage_options))
-    if not tags:
-        raise FileNotFoundError(f"no tags in {catalog.root}; run `beamsight tag {options.catalog}` first")
-    return RowSource(catalog, state.images, tuple(tags), options.review, options.storage_options)
+    tags = existing_tags(catalog, options.storage_options)
+    return RowSource(catalog, state.images, tags.parts, options.review, options.storage_options)
 
 
 def addresses_of(options: ExportOptions, source: RowSource) -> Addresses:

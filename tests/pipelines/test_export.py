@@ -237,7 +237,7 @@ def test_without_tags_it_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureF
     argv = [str(catalog), "--format", "jsonl", "--output", str(tmp_path / "x.jsonl")]
     assert f"no catalog at {catalog}; make one with `beamsight build" in error_of(capsys, argv)
     write_catalog(catalog, [image_row("/data/a.jpg")], None)
-    assert f"no tags in {catalog}; run `beamsight tag {catalog}` first" in error_of(capsys, argv)
+    assert f"no tags in {catalog}; make them with `beamsight tag {catalog}`" in error_of(capsys, argv)
 
 
 @pytest.mark.parametrize(

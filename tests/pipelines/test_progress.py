@@ -62,7 +62,10 @@ def test_reports_of_other_processes_go_nowhere() -> None:
 
 def test_a_count_is_logged_now_and_then(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(progress, "LOG_INTERVAL_SEC", 0.0)
-    with caplog.at_level(logging.INFO, "pipelines.progress"), progress.counting(30, "export") as advance:
+    with caplog.at_level(logging.INFO, "pipelines.progress"), progress.counting("export", 30) as advance:
         advance(10)
         advance(20)
-    assert [record.message.split(",")[0] for record in caplog.records] == ["10 of 30 images", "30 of 30 images"]
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "export: 10 of 30 images",
+        "export: 30 of 30 images",
+    ]

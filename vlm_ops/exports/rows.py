@@ -80,10 +80,11 @@ class LeftOut:
     file: TextIO | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, image_id: int, uri: str, *reasons: str) -> None:
+    def add(self, image_id: int, uri: str, *reasons: str, details: Sequence[str] = ()) -> None:
+        """Adds an image. `details` say more than can be counted."""
         self.counts.update(reasons)
         if self.file is not None:
-            line = {"image_id": image_id, "uri": uri, "reasons": reasons}
+            line = {"image_id": image_id, "uri": uri, "reasons": [*reasons, *details]}
             self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def nothing_left(self) -> NothingToExportError:
