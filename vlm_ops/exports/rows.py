@@ -21,6 +21,7 @@ from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart, read_columns
 
+NEEDS_REVIEW = "needs review"
 OUTDATED = "changed or gone since it was tagged"
 _BATCH_SIZE = 1024
 
@@ -89,7 +90,8 @@ class LeftOut:
 
     def nothing_left(self) -> NothingToExportError:
         """What to raise where no image is left to be exported."""
-        return NothingToExportError(f"nothing to export: {str(self) or 'no image has tags'}")
+        remedy = "; --review include exports what needs review, too" if self.counts[NEEDS_REVIEW] else ""
+        return NothingToExportError(f"nothing to export: {str(self) or 'no image has tags'}{remedy}")
 
     def __str__(self) -> str:
         return ", ".join(f"{reason} ({count})" for reason, count in self.counts.most_common())
@@ -179,7 +181,7 @@ class RowSource:
             if image["image_id"] is None:
                 left_out.add(row["image_id"], row["uri"], OUTDATED)
             elif needs_review and self.review == "exclude":
-                left_out.add(row["image_id"], row["uri"], "needs review")
+                left_out.add(row["image_id"], row["uri"], NEEDS_REVIEW)
             elif not needs_review and self.review == "only":
                 left_out.add(row["image_id"], row["uri"], "needs no review")
             else:
