@@ -38,7 +38,7 @@ from vlm_ops.image_evidence import columns_needed, embeddings_of, evidence_of
 from vlm_ops.ops import check_installed
 from vlm_ops.run_manifests import new_run_id
 from vlm_ops.states import existing_state
-from vlm_ops.suitability import suitability_rules
+from vlm_ops.suitability import suitability_rules, topic_embeddings
 from vlm_ops.tag_parts import TagPlan, finished, plan_tags
 from vlm_ops.tag_publishing import TagPublishConfig
 from vlm_ops.tag_report import write_tag_report
@@ -137,7 +137,7 @@ def _config(
 ) -> TagConfig:
     """Everything a worker needs; texts of the taxonomy are encoded here, once."""
     encoder = recipe.encoder
-    scorer = None
+    scorer = looks = None
     if encoder is None:
         logger.warning("%s has no embeddings (--ops embedding), so its images get no categories", catalog.root)
     else:
@@ -145,6 +145,7 @@ def _config(
         scorer = CategoryScorer.compute(
             taxonomy, str(encoder.model), calibration, options.min_score, options.max_categories
         )
+        looks = topic_embeddings(str(encoder.model))
     text_model = None
     if options.text_model:
         from vlm_ops.text_writer import text_writer_identity  # heavy, and seldom needed
@@ -165,6 +166,7 @@ def _config(
         recipe=tag_recipe,
         run_id=new_run_id(),
         scorer=scorer,
+        looks=looks,
         text_model=options.text_model,
         device=options.device,
         on=today,

@@ -1,7 +1,7 @@
 """Banners that are drawn: known words in many fonts, colours and angles, in two languages.
 
-    banners(count)      Banner(picture, words, language), the same ones each time
-    word_accuracy(...)  the share of their words that were read
+banners(count)      Banner(picture, words, language), the same ones each time
+word_accuracy(...)  the share of their words that were read
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ def focus_point(energy: np.ndarray) -> tuple[float, float]:
     total = np.pad(energy.astype(np.float64), ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
     held = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
     candidates = np.argwhere(held >= held.max() * (1 - 1e-6))
-    top, left = candidates[np.abs(candidates - side / 2).sum(axis=1).argmin()]  # of equal ones that nearest to the centre
+    top, left = candidates[
+        np.abs(candidates - side / 2).sum(axis=1).argmin()
+    ]  # of equal ones that nearest to the centre
     window = energy[top : top + side, left : left + side] / energy[top : top + side, left : left + side].sum()
     steps = np.arange(side) + 0.5
     x = (left + float(window.sum(axis=0) @ steps)) / len(energy)

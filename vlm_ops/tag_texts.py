@@ -60,7 +60,8 @@ GENDER_FIELDS = ("gender",)
 DETAIL_FIELDS = ("material", "pattern", "style", "usage", "gender")
 
 DECORATIVE = "decorative"  # how its reasons begin
-FEW_KEYWORDS = "fewer keywords have evidence than are usual"
+# Doubts are counted over a catalog, so they hold no numbers of an image.
+FEW_KEYWORDS = f"fewer than {text_rules.MIN_KEYWORDS} keywords have evidence"
 NOTHING_KNOWN = "nothing is known of it"
 NOTHING_USABLE = "nothing that is known of it can be used"
 
@@ -113,14 +114,14 @@ def write_texts(evidence: ImageEvidence, categories: Sequence[Category], languag
         alt_reason = NOTHING_USABLE if own.says_something or generated else NOTHING_KNOWN
         doubts.append(alt_reason)
     if caption and generated and caption.source == generated.source and not own.agrees_with(generated.text):
-        doubts.append(f"the caption does not name what the source does ({own.kind})")
+        doubts.append("the caption does not name what the source does")
     doubts += _doubts_of_generation(evidence, sources)
     if len(keywords) < text_rules.MIN_KEYWORDS:
-        doubts.append(f"{FEW_KEYWORDS} ({len(keywords)} of {text_rules.MIN_KEYWORDS})")
+        doubts.append(FEW_KEYWORDS)
     spoken = alt or title or caption or description
     told = own.language(spoken.text, language) if spoken and spoken.source == SOURCE_METADATA else language
     if told.partition("-")[0] != language.partition("-")[0] and {GENERATED, LABELS} & set(sources.values()):
-        doubts.append(f"some fields are in {language}, others in the source's language ({told})")
+        doubts.append(f"some fields are in {language}, others in the source's language")
     return TagTexts(
         alt_text=alt.text if alt else "",
         alt_reason=alt_reason,
@@ -361,11 +362,11 @@ def _choose(
 def _doubts_of_generation(evidence: ImageEvidence, sources: Mapping[str, str]) -> Iterator[str]:
     written = set(sources.values())
     if GENERATED in written and evidence.caption_score is not None and evidence.caption_score < LOW_CAPTION_SCORE:
-        yield f"the caption is unsure ({evidence.caption_score:.2f})"
+        yield f"the caption is unsure: its score is below {LOW_CAPTION_SCORE}"
     if LABELS in {sources.get("alt_text"), sources.get("title")} and evidence.labels:
         score = max(label.score for label in evidence.labels)
         if score < LOW_LABEL_SCORE:
-            yield f"named by a class that is not likely ({score:.2f})"
+            yield f"named by a class that is not likely: its probability is below {LOW_LABEL_SCORE}"
 
 
 def _generated(evidence: ImageEvidence) -> _Candidate | None:

@@ -13,6 +13,7 @@ from datetime import date
 from multiprocessing import get_context, parent_process
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,7 +26,7 @@ from vlm_ops.color_names import color_name
 from vlm_ops.image_evidence import batches, embeddings_of, evidence_of, row_hashes
 from vlm_ops.promotional_text import promotional_text
 from vlm_ops.rights import rights
-from vlm_ops.suitability import judge
+from vlm_ops.suitability import TopicEmbeddings, judge
 from vlm_ops.tag_parts import TagSummary, TagWork, read_tag_summary, rows_by_image, write_tags
 from vlm_ops.tag_texts import write_texts
 
@@ -40,6 +41,7 @@ class TagConfig:
     Attributes:
         catalog: The catalog's root URI.
         scorer: Of the categories; None where the catalog has no embeddings.
+        looks: What sensitive topics look like to the encoder; None where that was not measured.
         text_model: Model spec of the language model that writes; None for the templates.
         device: Where it runs.
         on: The day whose rules for ad slots are followed.
@@ -50,6 +52,7 @@ class TagConfig:
     recipe: TagRecipe
     run_id: str
     scorer: CategoryScorer | None
+    looks: TopicEmbeddings | None
     text_model: str | None
     device: str
     on: date
@@ -119,7 +122,7 @@ class Tagger:
             for row, each in zip(positions, found, strict=True):
                 categories[row] = each
         clock.book("categories")
-        suitability = judge(evidences)
+        suitability = judge(evidences, _one_a_row(embeddings, positions, len(evidences)), self.config.looks)
         clock.book("suitability")
         texts = [write_texts(evidence, each) for evidence, each in zip(evidences, categories, strict=True)]
         clock.book("texts")
@@ -205,6 +208,15 @@ def _leave_with_parent() -> None:
 def review(reasons: Sequence[str]) -> dict[str, Any]:
     """The columns that say whether a person should look at an image, and why."""
     return {"review": "needs_review" if reasons else "ok", "review_reasons": list(reasons)}
+
+
+def _one_a_row(embeddings: np.ndarray, positions: np.ndarray, num_rows: int) -> np.ndarray | None:
+    """float32[num_rows, d], zeros where an image has no embedding; None where none has."""
+    if not len(positions):
+        return None
+    rows = np.zeros((num_rows, embeddings.shape[1]), np.float32)
+    rows[positions] = embeddings
+    return rows
 
 
 def _text_columns(texts: TagTexts) -> dict[str, Any]:

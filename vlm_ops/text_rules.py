@@ -25,6 +25,7 @@ MAX_SENTENCES = 3
 MIN_KEYWORDS, MAX_KEYWORDS = 3, 10
 MAX_KEYWORD_WORDS, MAX_KEYWORD = 3, 40
 _MAX_REPEATS = 3  # of a word in an alternative text
+_LEAST_ROW = 8  # words without an article or a preposition, one of them twice: "dog photo beach dog golden retriever"
 _MAX_KEYWORDS_WITH_WORD = 2
 
 _URL = re.compile(r"\b(?:https?|ftp|data|javascript):\S|\bwww\.\w", re.I)
@@ -208,7 +209,9 @@ def is_keyword_list(text: str) -> bool:
     ):
         return True
     counts = Counter(word.lower() for word in _WORD.findall(text) if not _FUNCTION_WORD.fullmatch(word))
-    return max(counts.values(), default=0) > _MAX_REPEATS
+    repeats = max(counts.values(), default=0)
+    is_row = text.isascii() and len(text.split()) >= _LEAST_ROW and not _FUNCTION_WORD.search(text)
+    return repeats > _MAX_REPEATS or (repeats > 1 and is_row)
 
 
 def _prose_violations(text: str, limit: int) -> list[str]:

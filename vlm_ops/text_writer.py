@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +57,7 @@ _QUESTION_AGAIN = f"{_QUESTION}\nAn earlier answer broke these rules; answer aga
 _ESCAPED = {ord(char): f"\\u{ord(char):04x}" for char in "<>|[]{}&`"}
 _MAX_NAME, _MAX_VALUE, _MAX_TEXTS, _MAX_FIELDS, _MIN_VALUE = 40, 200, 12, 16, 20
 _MIN_TEXT_SCORE = 0.5  # of OCR
-_ECHOED_WORDS = 6
+_ECHOED_WORDS, _MAX_OBJECTS = 6, 10
 _CHAT_MARK = re.compile(
     r"[<＜]\s*\||\|\s*[>＞]|\[/?(?:INST|SYS)|<<|</?\w+>|</s|</?(?:data|s)\b|^(?:user|assistant|system)\s*:", re.I
 )
@@ -104,15 +105,20 @@ class TextWriter:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.batch_size = batch_size
         self.limits = limits or Limits()
+        self._lock = threading.Lock()  # tokenizers keep settings of a call
         self.identity = _identity(spec, tokenizer, self.limits)
         # Whoever could write one of these into a picture could end a turn.
         self.special_ids = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
         names = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-        self._marks = tuple(sorted(name for name in names if len(name.strip()) > 2))
+        self._marks = tuple(sorted(name for name in names if len(name.strip()) > 2 and not name.strip().isalnum()))
         self._fixed = {question: self._fixed_ids(question, spec) for question in (_QUESTION, _QUESTION_AGAIN)}
         self._max_data_tokens = self._room(spec)
         ends = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
         self._end_ids = sorted({id_ for each in ends for id_ in (each if isinstance(each, list) else [each])} - {None})
+        if not self._end_ids:
+            raise ValueError(
+                f"the tokenizer of text model {spec!r} has no eos_token, so no answer would end; save it with one"
+            )
         pad_id = tokenizer.pad_token_id
         self._pad_id = self._end_ids[0] if pad_id is None else pad_id
 
@@ -157,6 +163,15 @@ class TextWriter:
             categories: Of each image.
             drafts: Of each image, by the templates; a field whose second answer breaks a rule as well stays the draft's.
         """
+        with self._lock:
+            return self._write(evidences, categories, drafts)
+
+    def _write(
+        self,
+        evidences: Sequence[ImageEvidence],
+        categories: Sequence[Sequence[Category]],
+        drafts: Sequence[TagTexts],
+    ) -> list[TagTexts]:
         rows = [row for row, draft in enumerate(drafts) if _is_worth_writing(evidences[row], draft)]
         known = {row: _known(evidences[row], categories[row], drafts[row]) for row in rows}
         data = {row: self._data(known[row]) for row in rows}
@@ -249,7 +264,7 @@ class TextWriter:
     def _fixed_ids(self, question: str, spec: str) -> list[list[int]]:
         """Tokens of the chat before, between and behind the places of data."""
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         parts = text.split(_SENTINEL)
         if len(parts) != question.count(_SENTINEL) + 1 or INSTRUCTIONS not in parts[0]:
@@ -326,12 +341,8 @@ def _shorter(value: Any, share: float) -> Any:
 
 def _read(answer: str, evidence_words: frozenset[str], marks: Sequence[str]) -> _Answer:
     """The JSON object of an answer; each field is checked."""
-    start = answer.find("{")
-    try:
-        values = json.JSONDecoder().raw_decode(answer, start)[0] if start >= 0 else None
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
+    values = _first_object(answer)
+    if values is None:
         return _Answer({}, {field: ["the answer is no JSON object"] for field in FIELDS})
     title, description, keywords = (values.get(field) for field in FIELDS)
     found: dict[str, Any] = {
@@ -350,6 +361,19 @@ def _read(answer: str, evidence_words: frozenset[str], marks: Sequence[str]) -> 
         text = found[field] if isinstance(found[field], str) else ", ".join(found[field])
         wrong[field] += _made_up(text, evidence_words, marks)
     return _Answer(found, {field: each for field, each in wrong.items() if each})
+
+
+def _first_object(answer: str) -> dict[str, Any] | None:
+    """The first JSON object with one of the fields; models like to say something before."""
+    decoder = json.JSONDecoder()
+    for start in itertools.islice(re.finditer(r"\{", answer), _MAX_OBJECTS):
+        try:
+            values = decoder.raw_decode(answer, start.start())[0]
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict) and not values.keys().isdisjoint(FIELDS):
+            return values
+    return None
 
 
 def _missing(text: str) -> list[str]:
@@ -387,10 +411,10 @@ def _merged(draft: TagTexts, answers: Sequence[_Answer], image_id: int) -> TagTe
         if good:
             values[field] = good[-1].values[field]
         else:
-            why = answers[-1].wrong[field][0]
-            doubts.append(f"the text model's {field} broke a rule twice ({why}); the template's stands")
+            doubts.append(f"the text model's {field} broke a rule twice; the template's stands")
+            logger.debug("image %d: the text model's %s: %s", image_id, field, "; ".join(answers[-1].wrong[field]))
     if "keywords" in values:
-        doubts = [doubt for doubt in doubts if not doubt.startswith(FEW_KEYWORDS)]
+        doubts = [doubt for doubt in doubts if doubt != FEW_KEYWORDS]
     if "title" in values:
         values["slug"] = slug(values["title"], image_id)
     sources = {**draft.sources, **{field: TEXT_MODEL for field in FIELDS if field in values}}

@@ -261,7 +261,6 @@ def test_any_shape_becomes_the_models_input_at_no_great_cost(shape: tuple[int, i
     assert prepared.shape == (3, 224, 224) and prepared.unique().tolist() == [77]
 
 
-
 # --- bad bytes -----------------------------------------------------------------------------------
 
 BMP = encode(photo(9), "BMP")

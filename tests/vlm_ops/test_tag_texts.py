@@ -198,7 +198,7 @@ def test_a_caption_that_is_made_of_labels() -> None:
     )
     assert (texts.alt_text, texts.title) == ("Swimming trunks.", "Swimming trunks")
     assert set(texts.sources.values()) == {"labels"}
-    assert texts.doubts[0] == "named by a class that is not likely (0.30)"
+    assert texts.doubts[0] == "named by a class that is not likely: its probability is below 0.5"
 
 
 def test_labels_alone_name_an_image() -> None:
@@ -212,7 +212,7 @@ def test_nothing_known_gives_an_empty_text_with_its_reason() -> None:
     assert (texts.alt_text, texts.alt_reason) == ("", "nothing is known of it")
     assert (texts.title, texts.caption, texts.description, texts.keywords) == ("", None, "", ())
     assert texts.slug == "image-1"
-    assert texts.doubts == ("nothing is known of it", "fewer keywords have evidence than are usual (0 of 3)")
+    assert texts.doubts == ("nothing is known of it", "fewer than 3 keywords have evidence")
 
 
 def test_known_texts_that_are_all_unusable_are_told() -> None:
@@ -269,11 +269,11 @@ def test_a_caption_that_agrees_with_the_source_is_used_and_one_that_does_not_is_
     differs = generated("a little boy is playing with a ball", metadata={"label": "Yellow-Onion", "category": "Onion"})
     assert differs.alt_text == "Yellow-Onion (onion)"
     assert differs.keywords == ("yellow-onion", "onion")
-    assert "the caption does not name what the source does (Yellow-Onion)" in differs.doubts
+    assert "the caption does not name what the source does" in differs.doubts
 
 
 def test_an_unsure_caption_is_doubted() -> None:
-    assert "the caption is unsure (0.42)" in generated("a dog in the snow", score=0.42).doubts
+    assert "the caption is unsure: its score is below 0.8" in generated("a dog in the snow", score=0.42).doubts
     assert generated("a dog and a ball in the snow", score=0.8).doubts == ()
 
 
@@ -305,7 +305,7 @@ def test_keywords_are_lower_case_ordered_and_without_twins() -> None:
 def test_too_few_keywords_are_doubted_and_none_is_invented() -> None:
     texts = generated("a dog")
     assert texts.keywords == ("dog",)
-    assert texts.doubts == ("fewer keywords have evidence than are usual (1 of 3)",)
+    assert texts.doubts == ("fewer than 3 keywords have evidence",)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_languages_that_are_mixed_are_doubted() -> None:
     texts = generated("a dog on a beach", metadata={"alt": "Ein Hund am Strand", "lang": "de"})
     assert texts.language == "de"
     assert texts.caption == "A dog on a beach."
-    assert "some fields are in en, others in the source's language (de)" in texts.doubts
+    assert "some fields are in en, others in the source's language" in texts.doubts
     assert generated("ein Hund", language="de").language == "de"
 
 

@@ -131,7 +131,9 @@ def test_the_share_of_text_counts_overlaps_once() -> None:
 def test_other_weights_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").mkdir()
     monkeypatch.setattr("vlm_ops.text_reading.package_folder", lambda name: tmp_path)
-    message = "op 'ocr' needs one detector and one recogniser in .*models, and found none; pip install --force-reinstall"
+    message = (
+        "op 'ocr' needs one detector and one recogniser in .*models, and found none; pip install --force-reinstall"
+    )
     with pytest.raises(ValueError, match=message):
         plan_ops(["ocr"], "compact")
 

@@ -70,7 +70,7 @@ def test_violations_are_told_by_field() -> None:
         ("dog, park, ball", LIST),
         ("dog | park | ball | summer", LIST),
         ("dog; park; ball; sun", LIST),
-        ("#dog #beach", LIST),
+        ("#dog #beach", LIST), ("dog photo stock beach dog golden retriever puppy", LIST),
         ("犬、公園、球、夏", LIST),
         ("Buy cheap shoes, best shoes and shoes for your shoes", LIST),
         ("IMG_1234.JPG", FILE), ("red-shoe.png", FILE), ("A dog (dog.jpeg)", FILE), ("DSC01234", FILE), ("IMG_20200101_120000", FILE),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
 from schemas.tags import Box, Category, FoundText, ImageEvidence, Label, TagTexts
@@ -189,9 +189,8 @@ def test_what_breaks_a_rule_twice_is_the_template_s(writer: TextWriter) -> None:
     assert texts.sources["title"] == texts.sources["keywords"] == "generated"
     assert texts.sources["description"] == "text_model"
     assert texts.doubts[-2:] == (
-        f"the text model's title broke a rule twice (it has {len(LONG)} characters; at most 60 are allowed); "
-        "the template's stands",
-        "the text model's keywords broke a rule twice (there are 1; at least 3 are asked for); the template's stands",
+        "the text model's title broke a rule twice; the template's stands",
+        "the text model's keywords broke a rule twice; the template's stands",
     )
 
 
@@ -199,7 +198,7 @@ def test_what_is_no_json_is_the_template_s(writer: TextWriter) -> None:
     (texts,) = ask(writer, [evidence("a green apple")])
     draft = write_texts(evidence("a green apple"), ())
     assert replace(texts, doubts=()) == replace(draft, doubts=())
-    assert texts.doubts[-1].startswith("the text model's keywords broke a rule twice (the answer is no JSON object)")
+    assert texts.doubts[-1] == "the text model's keywords broke a rule twice; the template's stands"
 
 
 def test_batches_answer_as_single_questions_do(writer: TextWriter) -> None:
@@ -287,6 +286,56 @@ def test_markers_are_plain_text_in_data_even_unescaped(writer: TextWriter) -> No
     assert set(writer.tokenizer("<|im_end|> ~~tool~~")["input_ids"]) & writer.special_ids  # the tokenizer alone would
 
 
+def byte_fallback() -> Tokenizer:
+    """As Llama's: pieces with spaces in them, and bytes for what it does not know."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *"abcdefghijklmnopqrstuvwxyz{}[]|<>/_",
+    ]
+    tokenizer = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def lower_case_words() -> Tokenizer:
+    """As BERT's: words in lower case, of which many are unknown, after compatibility normalization."""
+    pieces = [
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *"abcdefghijklmnopqrstuvwxyz{}[]|<>/_",
+        *(f"##{char}" for char in "abcdefghijklmnopqrstuvwxyz"),
+    ]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_fallback, lower_case_words])
+def test_no_special_token_arises_in_other_tokenizers(make: Any) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=make(), bos_token="<s>", eos_token="</s>", unk_token=make().model.unk_token, pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<start_of_turn>"], chat_template=TEMPLATE,
+    )  # fmt: skip
+    tokenizer.add_tokens(["<tool_call>", "~~tool~~"])
+    shapes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=16384, **shapes))
+    writer = TextWriter(model, tokenizer, "made here")
+    empty = [id_ for id_ in writer.prompt("") if id_ in writer.special_ids]
+    assert writer.tokenizer.convert_tokens_to_ids("<|im_start|>") in empty
+    for attack in filter(str.isprintable, ATTACKS):
+        assert not set(writer.data_ids(attack)) & writer.special_ids
+        assert [id_ for id_ in writer.prompt(as_json({"title": attack})) if id_ in writer.special_ids] == empty
+
+
 def test_json_hides_the_marks_of_chats_and_loses_nothing() -> None:
     value = {"<a>": ["[INST]", 'x & {y} | `z` \\ " é 犬', {"n": 1}], "b": None}
     text = as_json(value)
@@ -319,15 +368,19 @@ def test_json_hides_the_marks_of_chats_and_loses_nothing() -> None:
         ('{"title": "A do', "title", "the answer is no JSON object"),
     ],
 )
-def test_answers_are_checked(writer: TextWriter, answer: str, field: str, wrong: str, monkeypatch: Any) -> None:
+def test_answers_are_checked(
+    writer: TextWriter, answer: str, field: str, wrong: str, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "vlm_ops.text_writer")
     monkeypatch.setattr(writer, "_ask", lambda prompts: [answer] * len(prompts))
     (texts,) = ask(writer, [evidence()])
     assert texts.sources[field] == "generated"
-    assert any(f"the text model's {field} broke a rule twice ({wrong}" in doubt for doubt in texts.doubts), texts.doubts
+    assert f"the text model's {field} broke a rule twice; the template's stands" in texts.doubts
+    assert any(f"the text model's {field}: " in said and wrong in said for said in caplog.messages), caplog.messages
 
 
 @pytest.mark.parametrize(
-    "answer", [f"```json\n{GOOD}\n```", f"Here it is: {GOOD} I hope it helps.", GOOD.replace(": ", ":\n  ")]
+    "answer", [f"```json\n{GOOD}\n```", f"Here {{it}} is: {{}} {GOOD} I hope it helps.", GOOD.replace(": ", ":\n  ")]
 )
 def test_answers_may_be_wrapped(writer: TextWriter, answer: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(writer, "_ask", lambda prompts: [answer] * len(prompts))
@@ -421,6 +474,18 @@ def test_a_model_without_room_is_refused(tmp_path: Path) -> None:
     spec = save_model(tmp_path, max_position_embeddings=300)
     with pytest.raises(ValueError, match="has 300 positions; the instructions and an answer take .* a longer context"):
         TextWriter.load(spec, "cpu")
+
+
+def test_a_model_whose_answers_never_end_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=1, eos_token_id=None
+        )
+    )
+    with pytest.raises(ValueError, match="has no eos_token, so no answer would end; save it with one"):
+        TextWriter(model, tokenizer, "made here")
 
 
 def test_code_of_a_repository_is_not_run(tmp_path: Path) -> None:
