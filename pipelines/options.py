@@ -286,7 +286,11 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
     group("--taxonomy", default=DEFAULT_TAXONOMY, metavar="SPEC",
         help="what it was tagged with: a built-in taxonomy or a file (default: %(default)s)")  # fmt: skip
     group = parser.add_argument_group("zero-shot").add_argument
-    group("--label_field", default="label", help="metadata field that holds the label, for tags too (default: %(default)s)")
+    group(
+        "--label_field",
+        default="label",
+        help="metadata field that holds the label, for tags too (default: %(default)s)",
+    )
     group("--template", action="append", default=[],
         help="text of a label, {} standing for it; several are averaged (default: 'a photo of a {}')")  # fmt: skip
     group = parser.add_argument_group("captions").add_argument
