@@ -244,7 +244,7 @@ class CategoryScorer:
         logits = np.sum(list(weighted.values()), axis=0) @ self.prompts.T
         if not self.visible.all():
             beside = weighted["source_metadata"]
-            hidden = np.where(beside.any(axis=1)[:, None], beside @ self.prompts[~self.visible].T, -np.inf)
+            hidden = np.where(np.asarray(beside.any(axis=1))[:, None], beside @ self.prompts[~self.visible].T, -np.inf)
             logits[:, ~self.visible] = hidden
         return softmax(logits)
 

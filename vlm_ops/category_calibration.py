@@ -135,7 +135,7 @@ def fit(
     importance = _importance(targets)
     means, similarities = {}, {}
     for kind, values in spoken.items():
-        is_there = values.any(axis=1)
+        is_there = np.asarray(values.any(axis=1))
         if not is_there.any():
             continue
         means[kind] = np.average(values[is_there], axis=0, weights=importance[is_there]).round(_DIGITS)
