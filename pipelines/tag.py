@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from datetime import datetime, timezone
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import apache_beam as beam
 import pyarrow as pa
@@ -35,8 +38,8 @@ from vlm_ops.image_evidence import columns_needed, embeddings_of, evidence_of
 from vlm_ops.ops import check_installed
 from vlm_ops.run_manifests import new_run_id
 from vlm_ops.states import existing_state
-from vlm_ops.suitability import suitability_rules
-from vlm_ops.tag_parts import TagPlan, plan_tags
+from vlm_ops.suitability import suitability_rules, topic_embeddings
+from vlm_ops.tag_parts import TagPlan, finished, plan_tags
 from vlm_ops.tag_publishing import TagPublishConfig
 from vlm_ops.tag_report import write_tag_report
 from vlm_ops.tag_states import existing_tags, tag_state
@@ -46,6 +49,8 @@ from vlm_ops.taxonomies import load_mapping, load_taxonomy
 
 logger = logging.getLogger(__name__)
 
+_WATCH_SEC = 2.0
+_MANY_IMAGES = 10_000  # from which on the start of further processes pays
 _SPEAKING_OPS = ("labels", "caption", "embedding")  # those whose columns speak for categories
 
 
@@ -83,13 +88,44 @@ def run(options: TagOptions) -> int:
     )
     started = time.perf_counter()
     pipeline = beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args))
+    config = replace(config, num_processes=_num_processes(options, plan))
     work = pipeline | "Parts" >> beam.Create(plan.work)
     _ = work | "Tag" >> TagParts(config) | "Publish" >> PublishTags(publish)
-    with counting("tag", sum(each.num_rows for each in plan.work), run_id=config.run_id):
+    with _watching(catalog, plan, storage_options):
         run_to_end(pipeline)
     wall_sec = time.perf_counter() - started
     print(_summary(catalog, config, state.images, wall_sec))
     return 0
+
+
+def _num_processes(options: TagOptions, plan: TagPlan) -> int:
+    """Further processes to be started; other runners have their own, and each would load a language model."""
+    num_images = sum(each.num_rows for each in plan.work)
+    is_worth_it = options.num_workers > 1 and num_images >= _MANY_IMAGES
+    return options.num_workers if is_worth_it and options.runner == "local" and not options.text_model else 0
+
+
+@contextmanager
+def _watching(catalog: CatalogLayout, plan: TagPlan, storage_options: storage.StorageOptions) -> Iterator[None]:
+    """Shows how far the work is, by the parts that are there: on every runner, and in other processes too."""
+    stopped = threading.Event()
+    with counting("tag", sum(each.num_rows for each in plan.work)) as advance:
+
+        def watch() -> None:
+            left = set(plan.work)
+            while not stopped.wait(_WATCH_SEC):
+                with suppress(OSError):  # of storage; the work itself will tell
+                    done = set(finished(catalog, left, storage_options))
+                    left -= done
+                    advance(sum(each.num_rows for each in done))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            watcher.join()
 
 
 def _config(
@@ -101,7 +137,7 @@ def _config(
 ) -> TagConfig:
     """Everything a worker needs; texts of the taxonomy are encoded here, once."""
     encoder = recipe.encoder
-    scorer = None
+    scorer = looks = None
     if encoder is None:
         logger.warning("%s has no embeddings (--ops embedding), so its images get no categories", catalog.root)
     else:
@@ -109,12 +145,13 @@ def _config(
         scorer = CategoryScorer.compute(
             taxonomy, str(encoder.model), calibration, options.min_score, options.max_categories
         )
+        looks = topic_embeddings(str(encoder.model))
     text_model = None
     if options.text_model:
         from vlm_ops.text_writer import text_writer_identity  # heavy, and seldom needed
 
         text_model = text_writer_identity(options.text_model)
-    today = datetime.now(timezone.utc).date()
+    today = datetime.now(UTC).date()
     tag_recipe = TagRecipe(
         taxonomy=taxonomy.name,
         taxonomy_version=taxonomy.version,
@@ -129,6 +166,7 @@ def _config(
         recipe=tag_recipe,
         run_id=new_run_id(),
         scorer=scorer,
+        looks=looks,
         text_model=options.text_model,
         device=options.device,
         on=today,

@@ -21,7 +21,7 @@ from vlm_ops.parts import PartSummary
 from vlm_ops.publishing import PublishConfig, publish_index, publish_run
 from vlm_ops.tag_parts import TagSummary, TagWork
 from vlm_ops.tag_publishing import TagPublishConfig, publish_tags
-from vlm_ops.tagging import TagConfig, Tagger
+from vlm_ops.tagging import TagConfig, tagger_of
 
 logger = logging.getLogger(__name__)
 
@@ -142,13 +142,10 @@ class TagPartDoFn(beam.DoFn):
         self.images = Metrics.counter("beamsight", "images_tagged")
 
     def setup(self) -> None:
-        self.tagger = self.shared.acquire(lambda: Tagger(self.config))
+        self.tagger = self.shared.acquire(lambda: tagger_of(self.config))
 
     def process(self, element: TagWork) -> Iterator[TagSummary]:
-        run_id = self.config.run_id
-        summary = self.tagger.tag(element, lambda images: progress.report_count(run_id, images))
-        if summary.is_reused:
-            progress.report_count(run_id, summary.num_rows)
+        summary = self.tagger.tag(element)
         self.images.inc(summary.num_rows)
         yield summary
 

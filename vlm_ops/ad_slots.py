@@ -6,9 +6,11 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import lru_cache
 
 from schemas.tags import AdSlot, Box, ImageEvidence
 from vlm_ops.promotional_text import promotional_text
+from vlm_ops.suitability import ADULT_SCORE
 
 # A face of which less is inside a crop has been cut.
 _WHOLE_FACE = 0.9
@@ -17,7 +19,6 @@ _BACKGROUND_FACE = 0.1
 _LEAST_BORDER = 0.02  # of the area; less is the edge of a photo, or JPEG noise
 _PLAIN = 0.5  # share of the edge from which on a background counts as plain
 
-_IMAGE_TEXT = "https://support.google.com/adspolicy/answer/6363786"
 _RESPONSIVE_DISPLAY = "https://support.google.com/google-ads/answer/17090561"
 _DEMAND_GEN = "https://support.google.com/google-ads/answer/17140672"
 _IMAGE_LINK = "https://support.google.com/merchants/answer/6324350"
@@ -71,7 +72,8 @@ class SlotFormat:
 
 def _google_ads(name: str, aspect: str, minimum: Size, recommended: Size, source: str) -> SlotFormat:
     # The tolerance, the encodings and the size of the file: those of the API, e.g. ResponsiveDisplayAdInfo and
-    # https://developers.google.com/google-ads/api/performance-max/asset-requirements; text: _IMAGE_TEXT.
+    # https://developers.google.com/google-ads/api/performance-max/asset-requirements; for the text:
+    # https://support.google.com/adspolicy/answer/6363786
     return SlotFormat(
         f"google_ads_{name}",
         ((_ALWAYS, minimum),),
@@ -110,9 +112,17 @@ SLOTS = (
 """The formats, as they were published in November 2026."""
 
 
+@lru_cache(maxsize=8)  # asked of every image
+def slots_on(on: date) -> tuple[tuple[SlotFormat, Size], ...]:
+    """The formats, each with the least size that it takes on a day."""
+    return tuple((slot, slot.minimum(on)) for slot in SLOTS)
+
+
 def rules_in_force(on: date) -> str:
     """12 hex digits that change whenever a format or its rules do, be it by the calendar."""
-    rules = [({**vars(slot), "formats": sorted(slot.formats), "minimums": ()}, slot.minimum(on)) for slot in SLOTS]
+    rules = [
+        ({**vars(slot), "formats": sorted(slot.formats), "minimums": ()}, minimum) for slot, minimum in slots_on(on)
+    ]
     return hashlib.sha256(repr(rules).encode()).hexdigest()[:12]
 
 
@@ -122,10 +132,10 @@ def ad_slots(evidence: ImageEvidence, on: date) -> tuple[AdSlot, ...]:
     `reasons` say why not; where it may, what was done for it, what was not looked at, and what its publisher advises beyond.
     """
     promotional = None if evidence.texts is None else promotional_text(evidence.texts)
-    return tuple(_judge(slot, evidence, promotional, on) for slot in SLOTS)
+    return tuple(_judge(slot, evidence, promotional, minimum) for slot, minimum in slots_on(on))
 
 
-def _judge(slot: SlotFormat, evidence: ImageEvidence, promotional: tuple[str, ...] | None, on: date) -> AdSlot:
+def _judge(slot: SlotFormat, evidence: ImageEvidence, promotional: tuple[str, ...] | None, minimum: Size) -> AdSlot:
     if not evidence.width or not evidence.height:
         return AdSlot(slot.name, False, ("the size of the image is not known (--ops quality)",))
     whole = Size(evidence.width, evidence.height)
@@ -138,15 +148,15 @@ def _judge(slot: SlotFormat, evidence: ImageEvidence, promotional: tuple[str, ..
                 slot.name, False, (f"{whole} pixels are not {slot.aspect}, and no crop is known (--ops focus)",)
             )
         notes.append(f"cropped to {slot.aspect}")
-    faults = [*_faults_of_size(slot, whole, crop, on), *_faults_of_file(slot, evidence, crop)]
+    faults = [*_faults_of_size(slot, whole, crop, minimum), *_faults_of_file(slot, evidence, crop)]
     faults += _faults_of_content(slot, evidence, crop, promotional)
     if faults:
         return AdSlot(slot.name, False, tuple(faults))
-    return AdSlot(slot.name, True, (*notes, *_advice(slot, evidence, _pixels(whole, crop))), crop)
+    return AdSlot(slot.name, True, (*notes, *_advice(slot, evidence, whole, crop)), crop)
 
 
-def _faults_of_size(slot: SlotFormat, whole: Size, crop: Box | None, on: date) -> Iterator[str]:
-    size, minimum = _pixels(whole, crop), slot.minimum(on)
+def _faults_of_size(slot: SlotFormat, whole: Size, crop: Box | None, minimum: Size) -> Iterator[str]:
+    size = _pixels(whole, crop)
     what = f"cropped to {slot.aspect} it has" if crop else "it has"
     if crop and not _has_aspect(size, slot):
         yield f"its crop for {slot.aspect} has {size} pixels, which is another aspect ratio"
@@ -169,6 +179,9 @@ def _faults_of_file(slot: SlotFormat, evidence: ImageEvidence, crop: Box | None)
 def _faults_of_content(
     slot: SlotFormat, evidence: ImageEvidence, crop: Box | None, promotional: tuple[str, ...] | None
 ) -> Iterator[str]:
+    # https://support.google.com/adspolicy/answer/6021648
+    if evidence.nsfw_score is not None and evidence.nsfw_score >= ADULT_SCORE:
+        yield f"adult content score {evidence.nsfw_score:.2f}; adult content is not taken"
     if slot.max_text_share is not None:
         share = _text_share(evidence, crop)
         if share is not None and share > slot.max_text_share:
@@ -181,9 +194,12 @@ def _faults_of_content(
         yield f"its crop for {slot.aspect} cuts {lost} of {len(evidence.faces or ())} faces"
 
 
-def _advice(slot: SlotFormat, evidence: ImageEvidence, size: Size) -> Iterator[str]:
+def _advice(slot: SlotFormat, evidence: ImageEvidence, whole: Size, crop: Box | None) -> Iterator[str]:
+    size = _pixels(whole, crop)
     if evidence.texts is None and (slot.refuses_promotional_text or evidence.text_share is None):
         yield "text in it was not looked for (--ops ocr)"
+    if crop is not None and (evidence.border or 0.0) >= _LEAST_BORDER:
+        yield f"{evidence.border:.0%} of the image is a border, of which the crop may hold some"
     if size.width < slot.recommended.width or size.height < slot.recommended.height:
         yield f"advised: {slot.recommended} pixels or more; it has {size}"
     if slot.wants_plain_background and evidence.plain_background is not None and evidence.plain_background < _PLAIN:

@@ -7,6 +7,7 @@ what people and animals do in photos, and begins after an article or a number.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from vlm_ops.mentions import PEOPLE, words
 from vlm_ops.plain_text import BEFORE_A_PHRASE, INSIDE_A_PHRASE, is_doing, word_set
@@ -28,7 +29,7 @@ _NEVER = frozenset(
         outdoors indoors outside inside up down out off over under across around through each other others something
         someone somebody anything anyone nothing everyone himself herself itself themselves whose all both either neither
         half few more most much less least lots about front side sides top bottom middle edge end background foreground
-        distance midair mid-air group groups bunch couple pair lot number picture photo photograph image view scene shot
+        distance midair mid-air closeup close-up group groups bunch couple pair lot number picture photo photograph image view scene shot
         camera way part piece type kind sort thing things set side-by-side left right nearby upon among apparently"""
     )
 )
@@ -76,43 +77,51 @@ _SURELY_READ = 6
 def noun_phrases(caption: str) -> Iterator[str]:
     """Lower-case noun phrases of at most three words, in their order: `black dog`, `swimming pool`."""
     phrase: list[str] = []
-    opened = True
-    for word in [*words(caption), "."]:
-        if _ends_phrase(word, opened and not phrase):
-            yield from _phrase(phrase)
-            phrase = []
-            opened = word in _OPENERS
-        else:
+    opened = shared = False
+    for word in (*_words(caption), "."):
+        modified = _is_modifier(phrase[-1]) if phrase else opened
+        if word not in _NEVER and word[0].isalpha() and (modified or not _is_verb(word)):
             phrase.append(word)
+            continue
+        shares = word in ("and", "or") and bool(phrase) and all(map(_is_modifier, phrase))  # "black and white dog"
+        if phrase and not shares and _names_something(phrase[-1]):
+            yield " ".join(_thing(phrase) if shared else phrase[-_MAX_WORDS:])
+        phrase, shared, opened = [], shares, word in _OPENERS
 
 
 def doings(caption: str) -> list[str]:
     """What somebody does, where it says something of the picture: `skiing`, not `standing`."""
-    return [word for word in words(caption) if is_doing(word) and "-" not in word and word not in _ANY_DOING]
+    found = _words(caption)
+    things = set(found)
+    doing = (word for word in found if is_doing(word) and "-" not in word and word not in _ANY_DOING)
+    return [word for word in doing if word[:-3] not in things]  # "swinging on a swing"
 
 
 def reads_english(text: str) -> bool:
     """Whether a text has a common English word, or is too short to tell."""
-    found = words(text)
+    found = _words(text)
     return len(found) < _SURELY_READ or not _ENGLISH.isdisjoint(found)
 
 
-def _ends_phrase(word: str, is_opening: bool) -> bool:
-    if word in _NEVER or not word[0].isalpha():
-        return True
-    if is_opening:
-        return False
-    if word in _VERBS:
-        return True
-    if is_doing(word):
+@lru_cache(64)  # a caption is looked at more than once
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(words(text))
+
+
+def _is_verb(word: str) -> bool:
+    if word in _VERBS or is_doing(word):
         return True
     return word.endswith("ed") and len(word) > 4 and word not in _THINGS_IN_ED
 
 
-def _phrase(phrase: list[str]) -> Iterator[str]:
-    if not phrase:
-        return
-    head = phrase[-1]
-    if head in _ADJECTIVES or head in _VERBS or is_doing(head) or head.endswith("'s") or len(head) < 2:
-        return
-    yield " ".join(phrase[-_MAX_WORDS:])
+def _is_modifier(word: str) -> bool:
+    return word in _ADJECTIVES or word.endswith(("'s", "s'"))
+
+
+def _names_something(word: str) -> bool:
+    return len(word) > 1 and not _is_modifier(word) and not is_doing(word)
+
+
+def _thing(phrase: list[str]) -> list[str]:
+    """Without the adjectives that it begins with."""
+    return phrase[next(i for i, word in enumerate(phrase) if not _is_modifier(word)) :][-_MAX_WORDS:]

@@ -25,6 +25,7 @@ _LEARNING_RATE = 0.5
 _EDGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.01)  # of the pools of scores
 _LEAST_POOL = 20
 _LEAST_SCORE = 0.01  # below it a node is out of the question, and says nothing of what scores mean
+_LEAST_MEAN = 1e-5
 _EPSILON = 1e-6
 _DIGITS = 5
 
@@ -213,7 +214,10 @@ def _points(scores: np.ndarray, targets: np.ndarray, parents: np.ndarray) -> tup
     if len(pools) > 1 and pools[-1][2] < _LEAST_POOL:
         last = pools.pop()
         pools[-1] = [a + b for a, b in zip(pools[-1], last, strict=True)]
-    return tuple((round(pool[0] / pool[2], 5), round(_share(pool), 5)) for pool in pools if pool[2])
+    # A score of all but 1 is kept off 1, where log-odds end.
+    means = (min(max(pool[0] / pool[2], _LEAST_MEAN), 1 - _LEAST_MEAN) for pool in pools if pool[2])
+    shares = (_share(pool) for pool in pools if pool[2])
+    return tuple((round(mean, 5), round(share, 5)) for mean, share in zip(means, shares, strict=True))
 
 
 def _share(pool: Sequence[float]) -> float:

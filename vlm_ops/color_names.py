@@ -34,6 +34,8 @@ _NO_CHROMA = 0.012
 _ACHROMATIC = ("black", "grey", "white")
 _HEX = re.compile(r"#?([0-9a-fA-F]{6})")
 
+_SRGB = np.arange(256) / 255
+_LINEAR = np.where(_SRGB <= 0.04045, _SRGB / 12.92, ((_SRGB + 0.055) / 1.055) ** 2.4)
 # Of linear sRGB to the responses of the eye's cones, and of their cube roots to OKLab (https://bottosson.github.io/posts/oklab/).
 _TO_CONES = np.array(
     [
@@ -86,6 +88,5 @@ def _anchors(achromatic: bool) -> tuple[list[str], np.ndarray]:
 
 def _oklab(colors: list[str]) -> np.ndarray:
     """float64[n, 3]: lightness in [0, 1], green to red, blue to yellow. Equal distances look about equally different."""
-    srgb = np.array([[int(color[at : at + 2], 16) for at in (0, 2, 4)] for color in colors]) / 255
-    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-    return np.asarray(np.cbrt(linear @ _TO_CONES.T) @ _TO_OKLAB.T)
+    channels = np.frombuffer(bytes.fromhex("".join(colors)), np.uint8).reshape(-1, 3)
+    return np.asarray(np.cbrt(_LINEAR[channels] @ _TO_CONES.T) @ _TO_OKLAB.T)

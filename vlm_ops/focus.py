@@ -2,8 +2,8 @@
 
 The energy of a cell is the squared length of its vector in the last feature map, less that of the weakest cells: where a
 network that names things has seen something (as Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017,
-take activations for attention). A face counts as much as all the rest together. The point to keep is the middle of the energy;
-the crop for an aspect ratio is the largest box of it that holds most energy, and where it can, all of the faces.
+take activations for attention). A face counts as much as all the rest together. The point to keep is the middle of the strongest
+part; the crop for an aspect ratio is the largest box of it that holds most energy, and where it can, all of the faces.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FocusOp(ModelOp):
         for cells, facts, faces in zip(grid, batch.facts, self._detector.faces_of(batch), strict=True):
             energy = energy_map(cells[:, : self.model.info.map_dim], self.preprocessing, facts.width, facts.height)
             energy = with_faces(energy, faces.boxes)
-            x, y = middle(energy)
+            x, y = focus_point(energy)
             points.append({"x": x, "y": y})
             boxes = best_crops(energy, faces.boxes, facts.width / facts.height)
             crops.append([{"aspect": name, "box": dict(zip(_SIDES, box, strict=True))} for name, box in boxes.items()])
@@ -94,10 +94,25 @@ def with_faces(energy: np.ndarray, faces: np.ndarray) -> np.ndarray:
     return both / both.sum()
 
 
-def middle(energy: np.ndarray) -> tuple[float, float]:
-    """x and y of the middle of a map that sums to 1, in shares."""
-    centers = (np.arange(len(energy)) + 0.5) / len(energy)
-    return float(energy.sum(axis=0) @ centers), float(energy.sum(axis=1) @ centers)
+def focus_point(energy: np.ndarray) -> tuple[float, float]:
+    """x and y in shares: the middle of what is in the window of half the width and height that holds most energy, so that
+    of two subjects the stronger one is meant, and not the empty place between them.
+
+    Args:
+        energy: float32[r, r].
+    """
+    side = len(energy) // 2
+    total = np.pad(energy.astype(np.float64), ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
+    held = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+    candidates = np.argwhere(held >= held.max() * (1 - 1e-6))
+    top, left = candidates[
+        np.abs(candidates - side / 2).sum(axis=1).argmin()
+    ]  # of equal ones that nearest to the centre
+    window = energy[top : top + side, left : left + side] / energy[top : top + side, left : left + side].sum()
+    steps = np.arange(side) + 0.5
+    x = (left + float(window.sum(axis=0) @ steps)) / len(energy)
+    y = (top + float(window.sum(axis=1) @ steps)) / len(energy)
+    return float(x), float(y)
 
 
 def best_crops(

@@ -14,7 +14,7 @@ from schemas.samples import to_json
 from schemas.tags import Box, FoundText, ImageEvidence, Label
 
 EVIDENCE_COLUMNS = (
-    "image_id", "uri", "key", "width", "height", "caption", "caption_source", "caption_score", "labels", "source_captions",
+    "image_id", "uri", "key", "width", "height", "format", "num_bytes", "caption", "caption_source", "caption_score", "labels", "source_captions",
     "source_metadata", "texts", "text_share", "nsfw_score", "faces", "focus", "crops", "dominant_colors", "quality_score",
     "quality_parts",
 )  # fmt: skip
@@ -57,6 +57,8 @@ def _evidence(row: Mapping[str, Any]) -> ImageEvidence:
         key=row.get("key") or "",
         width=row.get("width"),
         height=row.get("height"),
+        format=row.get("format"),
+        num_bytes=row.get("num_bytes"),
         caption=row.get("caption"),
         caption_source=row.get("caption_source"),
         caption_score=row.get("caption_score"),

@@ -33,7 +33,8 @@ _LOOSE = regex.compile(rf"(?V1)[{_SPACELESS}\u3000-\u303f\uff01-\uff65\p{{So}}\p
 _CLUSTER = regex.compile(r"\X")
 _SENTENCE_END = regex.compile(r"(?:[.!?؟։।]+[\"')\]”’»]*(?=\s|\Z)|[。！？]+[」』”）]*)")
 _ABBREVIATION = regex.compile(r"(?:\b\p{L}|\b(?:approx|dr|etc|inc|jr|ltd|mr|mrs|ms|no|prof|sr|st|vs))\.\Z", regex.I)
-_LOOSE_END = " \t,;:–—-/&(+|·•、，；：・\u200c\u200d"
+_CLOSING_SIGNS = ".!?\"')]”’»"
+_LOOSE_SIGNS = ",;:–—-/&(+|·•、，；：\u200c\u200d"
 
 
 def word_set(text: str) -> frozenset[str]:
@@ -107,7 +108,7 @@ def shorten(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     sentence = max((end for end in _sentence_ends(text[: limit + 1]) if end <= limit), default=0)
-    if sentence >= limit // 2:
+    if sentence >= limit // 3:
         return text[:sentence].rstrip()
     ends = _word_ends(text, limit)
     phrase = next((end for end in ends if end >= limit // 2 and _ends_a_phrase(text, end)), None)
@@ -116,9 +117,12 @@ def shorten(text: str, limit: int) -> str:
 
 def word_is_cut(text: str, end: int) -> bool:
     """Whether `text[:end]` ends in the middle of a word or of a grapheme cluster of `text`."""
-    if not 0 < end < len(text):
+    if not 0 < end < len(text) or text[end - 1].isspace():
         return False
-    return end not in _cluster_ends(text, end) or not _may_end(text, end)
+    if end not in _cluster_ends(text, end):
+        return True
+    behind = text[end:].lstrip(_LOOSE_SIGNS + _CLOSING_SIGNS)
+    return not (_may_end(text, end) or not behind or behind[0].isspace())
 
 
 def sentences(text: str) -> list[str]:
@@ -140,7 +144,7 @@ def is_mostly_latin(text: str) -> bool:
 
 def is_doing(word: str) -> bool:
     """Whether a lower-case English word is what somebody does: `running`, not `building`."""
-    return len(word) > 4 and word.endswith("ing") and word not in THINGS_IN_ING
+    return word.endswith("ing") and len(word) > 4 and word not in THINGS_IN_ING
 
 
 def num_words(text: str) -> int:
@@ -186,7 +190,7 @@ def _leads_on(word: str) -> bool:
 
 def _without_loose_end(text: str) -> str:
     while True:
-        text = text.rstrip(_LOOSE_END)
+        text = text.rstrip(" " + _LOOSE_SIGNS)
         head, _, last = text.rpartition(" ")
         if not head or not _leads_on(last.lower()):
             return text

@@ -36,13 +36,12 @@ _PHRASES = {
     ),
     "fr": (
         "soldes", "promo", "promos", "promotion", "promotions", "remise", "livraison gratuite", "livraison offerte", "frais de port offerts",
-        "acheter maintenant", "achetez maintenant", "commandez maintenant", "code promo", "offre speciale", "bon de reduction", "reduction",
+        "acheter maintenant", "achetez maintenant", "commandez maintenant", "code promo", "offre speciale", "bon de reduction",
         "meilleure vente", "meilleures ventes", "prix reduit", "prix bas", "vente flash", "liquidation totale", "derniere chance", "bons plans",
     ),
     "es": (
         "rebajas", "oferta", "ofertas", "super oferta", "descuentos?", "envio gratis", "compra ahora", "comprar ahora", "compre ahora",
         "cupon", "cupones", "mas vendido", "liquidacion", "promocion", "promociones", "precio especial", "codigo de descuento", "ultima oportunidad",
-        "2x1", "3x2",
     ),
     "it": (
         "saldi", "sconto", "sconti", "offerta", "offerte", "offerta speciale", "spedizione gratuita", "spedizione gratis", "acquista ora",
@@ -65,7 +64,8 @@ _PATTERNS = (
     rf"\bsave\s*{_CURRENCY}?\s*{_AMOUNT}\b",
     rf"(?:[$€£]|us\$)\s*{_AMOUNT}(?!\w)",
     rf"(?<![\w.,]){_AMOUNT}\s*(?:[$€£]|(?:eur|usd|gbp|chf)\b)",
-    r"\b(?:use\s*|mit\s*|avec\s*le\s*|con\s*(?:el\s*|il\s*)?)?(?:code|kode|codigo|codice)\s*:?\s*(?=[a-z]*\d)[a-z0-9]{4,}\b",
+    r"\b(?:code|kode|codigo|codice)\s*:?\s*(?=[a-z]+\d)[a-z0-9]{4,}\b",
+    r"^\W*(?:2x1|3x2)\W*$",
 )  # fmt: skip
 
 

@@ -16,9 +16,11 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any
 
+import numpy as np
 import yaml
 
 from schemas.tags import ImageEvidence, SensitiveTopic, Suitability
+from vlm_ops.models import load_text_model
 
 LEVELS = ("floor", "high", "medium", "low")
 """Levels of risk, worst first."""
@@ -49,7 +51,7 @@ _MAX_CHARACTERS = 5000  # of a text that is searched
 
 @dataclass(frozen=True)
 class Topic:
-    """A sensitive topic and what points to it. `labels` give the level of a class name, `prompts` describe the topic."""
+    """A sensitive topic; `labels` give the level that a class name asks for, `prompts` say what it looks like."""
 
     id: str
     name: str
@@ -88,6 +90,7 @@ class Rules:
     terms: Mapping[str, tuple[_Term, ...]]  # by their first word, longest first
     weakened_before: frozenset[str]
     weakened_after: frozenset[str]
+    least_similarity: Mapping[str, float]  # by model spec
     rules_id: str
 
 
@@ -98,19 +101,60 @@ def suitability_rules() -> Rules:
     return _parse(source)
 
 
-def judge(evidences: Sequence[ImageEvidence]) -> list[Suitability]:
+@dataclass(frozen=True)
+class TopicEmbeddings:
+    """What topics look like, in the embedding space of a catalog's images.
+
+    Attributes:
+        embeddings: float32[m, d], L2-normalised.
+        prompts: The m texts that they are of.
+        topics: The topic of each.
+        least_similarity: From which on an image is worth a look.
+    """
+
+    embeddings: np.ndarray
+    prompts: tuple[str, ...]
+    topics: tuple[Topic, ...]
+    least_similarity: float
+
+
+@lru_cache(maxsize=4)
+def topic_embeddings(model_spec: str) -> TopicEmbeddings | None:
+    """The prompts of the topics, encoded; None for an encoder of which nobody has measured how similar is similar."""
+    rules = suitability_rules()
+    if model_spec not in rules.least_similarity:
+        return None
+    pairs = [(topic, prompt) for topic in rules.topics for prompt in topic.prompts]
+    prompts = tuple(prompt for _, prompt in pairs)
+    embeddings = load_text_model(model_spec).encode_texts(prompts)
+    return TopicEmbeddings(embeddings, prompts, tuple(topic for topic, _ in pairs), rules.least_similarity[model_spec])
+
+
+def judge(
+    evidences: Sequence[ImageEvidence], embeddings: np.ndarray | None = None, looks: TopicEmbeddings | None = None
+) -> list[Suitability]:
     """The suitability of each image, by all that is known of it.
 
     The level is the worst that something sure asks for. It is `low` only where everything was looked for and nothing was
     found. Where something is doubtful or was not looked for, there is no level (None) unless what is sure is `floor` or
     `high` already; `doubts` say why, and name what is sensitive, for a person to look at.
+
+    Args:
+        embeddings: float32[n, d] of the images, L2-normalised; zeros where an image has none.
+        looks: What the topics look like to the encoder of the embeddings; without, they are not compared.
     """
     rules = suitability_rules()
-    return [_judge(rules, evidence) for evidence in evidences]
+    seen: list[list[_Hit]] = [[] for _ in evidences]
+    if embeddings is not None and looks is not None and len(evidences):
+        similarities = embeddings @ looks.embeddings.T
+        for row, column in np.argwhere(similarities >= looks.least_similarity).tolist():
+            similarity = float(similarities[row, column])
+            said = f"looks like {looks.prompts[column]!r} {similarity:.2f}"
+            seen[row].append(_Hit(looks.topics[column], DOUBT, said, similarity))
+    return [_judge(evidence, [*_hits(rules, evidence), *more]) for evidence, more in zip(evidences, seen, strict=True)]
 
 
-def _judge(rules: Rules, evidence: ImageEvidence) -> Suitability:
-    hits = list(_hits(rules, evidence))
+def _judge(evidence: ImageEvidence, hits: Sequence[_Hit]) -> Suitability:
     topics = _topics(hit for hit in hits if hit.level != DOUBT)
     sure_ids = {topic.id for topic in topics}
     level = min((hit.level for hit in hits if hit.level != DOUBT), key=LEVELS.index, default="low")
@@ -161,7 +205,7 @@ def _hits(rules: Rules, evidence: ImageEvidence) -> Iterator[_Hit]:
         for topic, level, words in _of_text(found.text):
             sure = found.score >= _OCR_SCORE and len(words) >= _OCR_LEAST_CHARACTERS
             yield _Hit(topic, level if sure else DOUBT, f"OCR {words!r} {found.score:.2f}", found.score)
-    if evidence.caption is not None and evidence.caption_source != "source":
+    if evidence.caption is not None and evidence.caption_source != "labels":  # those have spoken for themselves
         for topic, _, words in _of_text(evidence.caption):  # models see things that are not there
             yield _Hit(topic, DOUBT, f"generated caption {words!r}", evidence.caption_score or 0.0)
 
@@ -247,13 +291,13 @@ def _parse(source: str) -> Rules:
     topics = []
     terms: dict[tuple[str, ...], _Term] = {}
     for each in content["topics"]:
-        topic = Topic(each["id"], each["name"], each.get("labels", {}), tuple(each["prompts"]))
+        topic = Topic(each["id"], each["name"], each.get("labels", {}), tuple(each.get("prompts", ())))
         topics.append(topic)
         for level, phrases in each["terms"].items():
             for words in map(_plain_words, phrases):
                 for form in _forms(words):
                     terms[form] = _Term(form, topic, level)
-    for phrase in (phrase for group in content["harmless"] for phrase in group):
+    for phrase in content["harmless"]:
         for form in _forms(_plain_words(phrase)):
             terms[form] = _Term(form, None, "")
     by_first: dict[str, list[_Term]] = {}
@@ -266,5 +310,6 @@ def _parse(source: str) -> Rules:
         {first: tuple(group) for first, group in by_first.items()},
         frozenset(weakened["before"]),
         frozenset(weakened["after"]),
+        content["least_similarity"],
         hashlib.sha256(f"{source}{thresholds}".encode()).hexdigest()[:12],
     )

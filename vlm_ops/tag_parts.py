@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -123,6 +123,19 @@ def read_tag_summary(catalog: CatalogLayout, name: str, storage_options: storage
     if stored is None:
         return None
     return TagSummary(**{**json.loads(stored), "num_bytes": fs.size(uri), "is_reused": True})
+
+
+def finished(
+    catalog: CatalogLayout, work: Iterable[TagWork], storage_options: storage.StorageOptions
+) -> Iterator[TagWork]:
+    """Those whose parts are there by now."""
+    fs = storage.filesystem(catalog.tags, storage_options)
+    fs.invalidate_cache()
+    try:
+        names = {str(path).rsplit("/", 1)[-1] for path in fs.ls(catalog.tags, detail=False)}
+    except FileNotFoundError:
+        return
+    yield from (each for each in work if each.name in names)
 
 
 def write_tags(

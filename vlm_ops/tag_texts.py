@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from anyascii import anyascii
@@ -34,6 +35,9 @@ GENERATED, LABELS, SOURCE_METADATA = "generated", "labels", "source_metadata"
 LOW_CAPTION_SCORE, LOW_LABEL_SCORE = 0.8, 0.5
 # A class this likely names an image of which nothing else is said; below, nothing is known.
 MIN_LABEL_SCORE = 0.1
+# Lines of text that are read, and from which share of the area on the picture is one of text, whose alternative
+# is that text (https://www.w3.org/WAI/tutorials/images/textual/).
+MIN_TEXT_SCORE, MOSTLY_TEXT_SHARE = 0.8, 0.25
 KEYWORD_LABEL_SCORE = 0.5
 KEYWORD_CATEGORY_SCORE = 0.5
 
@@ -55,11 +59,14 @@ BRAND_FIELDS = ("brand", "manufacturer", "vendor")
 GENDER_FIELDS = ("gender",)
 DETAIL_FIELDS = ("material", "pattern", "style", "usage", "gender")
 
+DECORATIVE = "decorative"  # how its reasons begin
+# Doubts are counted over a catalog, so they hold no numbers of an image.
+FEW_KEYWORDS = f"fewer than {text_rules.MIN_KEYWORDS} keywords have evidence"
 NOTHING_KNOWN = "nothing is known of it"
 NOTHING_USABLE = "nothing that is known of it can be used"
 
 _MAX_LISTED = 100  # keywords of a source that are looked at
-_MAX_CAPTIONS = 3  # of people, from which keywords are taken
+_MAX_CAPTIONS = 2  # of people, from which keywords are taken
 _BASE_36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 _ARTICLE = re.compile(r"^(?:an?|the|there (?:is|are)(?: an?)?)\s+(?:pair of\s+)?(?=\S)", re.I)
 _AND_ANOTHER = re.compile(r"\b(?:and|or) (?:an?|the)\b", re.I)
@@ -95,7 +102,7 @@ def write_texts(evidence: ImageEvidence, categories: Sequence[Category], languag
     title = _choose("title", _title_candidates(own, generated, evidence), text_rules.title_violations, doubts)
     caption = _choose("caption", _caption_candidates(own, generated), text_rules.caption_violations, doubts)
     description = _choose(
-        "description", _description_candidates(own, caption, title), text_rules.description_violations, doubts
+        "description", _description_candidates(own, caption, title, evidence), text_rules.description_violations, doubts
     )
     keywords, keyword_source = _keywords(own, generated, evidence, categories)
     chosen = {"alt_text": alt, "title": title, "caption": caption, "description": description}
@@ -107,14 +114,14 @@ def write_texts(evidence: ImageEvidence, categories: Sequence[Category], languag
         alt_reason = NOTHING_USABLE if own.says_something or generated else NOTHING_KNOWN
         doubts.append(alt_reason)
     if caption and generated and caption.source == generated.source and not own.agrees_with(generated.text):
-        doubts.append(f"the caption does not name what the source does ({own.kind})")
+        doubts.append("the caption does not name what the source does")
     doubts += _doubts_of_generation(evidence, sources)
     if len(keywords) < text_rules.MIN_KEYWORDS:
-        doubts.append(f"only {len(keywords)} keywords have evidence; {text_rules.MIN_KEYWORDS} are usual")
+        doubts.append(FEW_KEYWORDS)
     spoken = alt or title or caption or description
     told = own.language(spoken.text, language) if spoken and spoken.source == SOURCE_METADATA else language
     if told.partition("-")[0] != language.partition("-")[0] and {GENERATED, LABELS} & set(sources.values()):
-        doubts.append(f"some fields are in {language}, others in the source's language ({told})")
+        doubts.append(f"some fields are in {language}, others in the source's language")
     return TagTexts(
         alt_text=alt.text if alt else "",
         alt_reason=alt_reason,
@@ -138,14 +145,14 @@ def decorative_reason(evidence: ImageEvidence, is_described: bool = False) -> st
     width, height = evidence.width, evidence.height
     if width and height:
         if min(width, height) <= MAX_SPACER_PIXELS:
-            return f"decorative: a spacer or rule of {width} x {height} pixels"
+            return f"{DECORATIVE}: a spacer or rule of {width} x {height} pixels"
         if max(width, height) >= MIN_RULE_ASPECT * min(width, height) and not (is_described or evidence.texts):
-            return f"decorative: a rule or border of {width} x {height} pixels"
+            return f"{DECORATIVE}: a rule or border of {width} x {height} pixels"
     if is_described or evidence.texts or not evidence.colors:
         return None
     hex_, share = evidence.colors[0]
     if share > PLAIN_COLOR_SHARE and all(label.score < MIN_LABEL_SCORE for label in evidence.labels):
-        return f"decorative: {share:.0%} of it is one plain colour ({hex_})"
+        return f"{DECORATIVE}: {share:.0%} of it is one plain colour ({hex_})"
     return None
 
 
@@ -172,7 +179,7 @@ class _OwnTexts:
     """What came with an image: captions, and metadata by the names that are known for it."""
 
     def __init__(self, evidence: ImageEvidence) -> None:
-        values = {_field_name(name): value for name, value in reversed(list(evidence.metadata.items()))}
+        values = {_field_name(str(name)): value for name, value in reversed(list(evidence.metadata.items()))}
         self._values = values
         self.alt = self._texts(ALT_FIELDS)
         self.titles = self._texts(TITLE_FIELDS)
@@ -232,6 +239,8 @@ def _alt_candidates(own: _OwnTexts, generated: _Candidate | None, evidence: Imag
         yield each._replace(text=shorten(_without_lead_in(each.text), limit))
     for each in own.descriptions:
         yield each._replace(text=_sentence(next(iter(sentences(each.text)), ""), limit))
+    if text := _text_of_picture(evidence):
+        yield _Candidate(f'Text: "{shorten(text, limit - 8)}"', GENERATED, "the text in the picture")
     if generated and own.agrees_with(generated.text):
         yield generated._replace(text=_sentence(generated.text, limit))
     if own.kind:
@@ -252,6 +261,8 @@ def _title_candidates(own: _OwnTexts, generated: _Candidate | None, evidence: Im
         yield each._replace(text=shorten(each.text, limit))
     for each in (*own.alt, *own.captions, *own.descriptions):
         yield each._replace(text=_as_title(next(iter(sentences(each.text)), ""), limit))
+    if text := _text_of_picture(evidence):
+        yield _Candidate(shorten(text, limit), GENERATED, "the text in the picture")
     if generated and own.agrees_with(generated.text):
         yield generated._replace(text=_as_title(generated.text, limit))
     if own.kind:
@@ -268,7 +279,7 @@ def _caption_candidates(own: _OwnTexts, generated: _Candidate | None) -> Iterato
 
 
 def _description_candidates(
-    own: _OwnTexts, caption: _Candidate | None, title: _Candidate | None
+    own: _OwnTexts, caption: _Candidate | None, title: _Candidate | None, evidence: ImageEvidence
 ) -> Iterator[_Candidate]:
     limit = text_rules.MAX_DESCRIPTION
     for each in own.descriptions:
@@ -281,6 +292,8 @@ def _description_candidates(
         parts = [_with_stop(first.text)]
         if own.kind and not mentions(first.text, (_attributes(own),)):
             parts.append(_with_stop(_attributes(own)))
+        if text := shorten(_read_text(evidence), limit // 4):
+            yield first._replace(text=shorten(" ".join([*parts, f'Text in the picture: "{text}".']), limit))
         yield first._replace(text=shorten(" ".join(parts), limit))
         yield first._replace(text=shorten(_with_stop(first.text), limit))
 
@@ -309,12 +322,9 @@ def _keyword_candidates(
     own: _OwnTexts, generated: _Candidate | None, evidence: ImageEvidence, categories: Sequence[Category]
 ) -> Iterator[tuple[str, str]]:
     yield from ((each, SOURCE_METADATA) for each in own.keywords)
-    phrases: list[str] = []
-    by_model = generated.source if generated else GENERATED
-    if generated and own.agrees_with(generated.text):
-        phrases = [*noun_phrases(generated.text), *doings(generated.text)]
-    if own.kind and not own.color:
-        yield from ((phrase, by_model) for phrase in phrases if mentions(phrase, (own.kind,)))
+    agreed = generated if generated and own.agrees_with(generated.text) else None
+    if own.kind and not own.color and agreed:
+        yield from ((each, agreed.source) for each in noun_phrases(agreed.text) if mentions(each, (own.kind,)))
     if own.kind:
         yield f"{own.color} {own.kind}".strip(), SOURCE_METADATA
         yield own.kind, SOURCE_METADATA
@@ -352,11 +362,11 @@ def _choose(
 def _doubts_of_generation(evidence: ImageEvidence, sources: Mapping[str, str]) -> Iterator[str]:
     written = set(sources.values())
     if GENERATED in written and evidence.caption_score is not None and evidence.caption_score < LOW_CAPTION_SCORE:
-        yield f"the caption is unsure ({evidence.caption_score:.2f})"
+        yield f"the caption is unsure: its score is below {LOW_CAPTION_SCORE}"
     if LABELS in {sources.get("alt_text"), sources.get("title")} and evidence.labels:
         score = max(label.score for label in evidence.labels)
         if score < LOW_LABEL_SCORE:
-            yield f"named by a class that is not likely ({score:.2f})"
+            yield f"named by a class that is not likely: its probability is below {LOW_LABEL_SCORE}"
 
 
 def _generated(evidence: ImageEvidence) -> _Candidate | None:
@@ -365,8 +375,20 @@ def _generated(evidence: ImageEvidence) -> _Candidate | None:
     if not text:
         return None
     if evidence.caption_source == LABELS:
+        if all(label.score < MIN_LABEL_SCORE for label in evidence.labels):
+            return None
         return _Candidate(_without_article_of_plural(text), LABELS, "the caption made of labels")
     return _Candidate(text, GENERATED, "the generated caption")
+
+
+def _text_of_picture(evidence: ImageEvidence) -> str:
+    """The text in a picture that shows little else."""
+    return _read_text(evidence) if (evidence.text_share or 0.0) >= MOSTLY_TEXT_SHARE else ""
+
+
+def _read_text(evidence: ImageEvidence) -> str:
+    lines = (plain(line.text) for line in evidence.texts or () if line.score >= MIN_TEXT_SCORE)
+    return " ".join(line.replace('"', "'") for line in lines if line)
 
 
 def _named_by_label(evidence: ImageEvidence) -> _Candidate | None:
@@ -424,7 +446,9 @@ def _as_title(text: str, limit: int) -> str:
 
 
 def _tidy(text: str) -> str:
-    return _PARTED.sub("", text)
+    """With signs and possessives where they belong: `the man 's dog .` -> `the man's dog.`"""
+    text = _PARTED.sub("", text)
+    return text.replace(" ' ", "' ") if text.count(" ' ") == 1 else text
 
 
 def _without_lead_in(text: str) -> str:
@@ -451,14 +475,15 @@ def _capitalized(text: str) -> str:
     return first + text[1:] if len(first) == 1 else text
 
 
-def _field_name(name: Any) -> str:
-    return re.sub(r"[\s_-]", "", str(name)).lower()
+@lru_cache(4096)
+def _field_name(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def _name(value: Any) -> str:
     """A short value of metadata, such as a colour or a kind; hyphens and underscores of identifiers are spaces."""
     text = plain(value)
-    if len(text) > text_rules.MAX_TITLE:
+    if not text or len(text) > text_rules.MAX_TITLE:
         return ""
     return text.replace("_", " ") if text.count("-") < 2 else text.replace("_", " ").replace("-", " ")
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from datetime import date
+from multiprocessing import get_context, parent_process
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -20,7 +26,7 @@ from vlm_ops.color_names import color_name
 from vlm_ops.image_evidence import batches, embeddings_of, evidence_of, row_hashes
 from vlm_ops.promotional_text import promotional_text
 from vlm_ops.rights import rights
-from vlm_ops.suitability import judge
+from vlm_ops.suitability import TopicEmbeddings, judge
 from vlm_ops.tag_parts import TagSummary, TagWork, read_tag_summary, rows_by_image, write_tags
 from vlm_ops.tag_texts import write_texts
 
@@ -35,18 +41,22 @@ class TagConfig:
     Attributes:
         catalog: The catalog's root URI.
         scorer: Of the categories; None where the catalog has no embeddings.
+        looks: What sensitive topics look like to the encoder; None where that was not measured.
         text_model: Model spec of the language model that writes; None for the templates.
         device: Where it runs.
         on: The day whose rules for ad slots are followed.
+        num_processes: Processes to start for the work; 0 does it where it is asked for.
     """
 
     catalog: str
     recipe: TagRecipe
     run_id: str
     scorer: CategoryScorer | None
+    looks: TopicEmbeddings | None
     text_model: str | None
     device: str
     on: date
+    num_processes: int = 0
     storage_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -77,20 +87,16 @@ class Tagger:
 
             self._writer = TextWriter.load(config.text_model, config.device)
 
-    def tag(self, work: TagWork, advance: Callable[[int], None] = lambda images: None) -> TagSummary:
-        """Tags a part of the images and writes the part of the tags; or finds the one that an earlier run has written.
-
-        Args:
-            advance: Called with a number of images after each batch.
-        """
+    def tag(self, work: TagWork) -> TagSummary:
+        """Tags a part of the images and writes the part of the tags; or finds the one that an earlier run has written."""
         catalog, options = CatalogLayout(self.config.catalog), self.config.storage_options
         if found := read_tag_summary(catalog, work.name, options):
             return found
         stage_sec: dict[str, float] = {}
-        return write_tags(catalog, work, self._rows(catalog, work, stage_sec, advance), stage_sec, options)
+        return write_tags(catalog, work, self._rows(catalog, work, stage_sec), stage_sec, options)
 
     def _rows(
-        self, catalog: CatalogLayout, work: TagWork, stage_sec: dict[str, float], advance: Callable[[int], None]
+        self, catalog: CatalogLayout, work: TagWork, stage_sec: dict[str, float]
     ) -> Iterator[tuple[pa.RecordBatch, int]]:
         earlier = rows_by_image(catalog, work.earlier, self.config.storage_options)
         with storage.open_for_reading(f"{catalog.images}/{work.images_part}", self.config.storage_options) as file:
@@ -102,7 +108,6 @@ class Tagger:
                 for row, values in zip(missing, new, strict=True):
                     made[row] = values
                 yield pa.RecordBatch.from_pylist([row for row in made if row], TAGS), len(made) - len(missing)
-                advance(len(made))
 
     def rows_of(self, rows: pa.RecordBatch, stage_sec: dict[str, float]) -> list[dict[str, Any]]:
         """Rows of `images` -> rows of `tags`."""
@@ -117,7 +122,7 @@ class Tagger:
             for row, each in zip(positions, found, strict=True):
                 categories[row] = each
         clock.book("categories")
-        suitability = judge(evidences)
+        suitability = judge(evidences, _one_a_row(embeddings, positions, len(evidences)), self.config.looks)
         clock.book("suitability")
         texts = [write_texts(evidence, each) for evidence, each in zip(evidences, categories, strict=True)]
         clock.book("texts")
@@ -162,15 +167,60 @@ class Tagger:
         }
 
 
+class TaggerProcesses:
+    """A tagger in processes of its own: its rules are Python's work, of which the threads of a process share one core."""
+
+    def __init__(self, config: TagConfig) -> None:
+        self._pool = ProcessPoolExecutor(config.num_processes, get_context("spawn"), _load, (config,))
+        weakref.finalize(self, self._pool.shutdown, wait=False)
+
+    def tag(self, work: TagWork) -> TagSummary:
+        """As `Tagger.tag`."""
+        return self._pool.submit(_tag, work).result()
+
+
+def tagger_of(config: TagConfig) -> Tagger | TaggerProcesses:
+    """What tags the parts, here or in processes of its own."""
+    return TaggerProcesses(config) if config.num_processes else Tagger(config)
+
+
+_tagger: Tagger  # of a process that TaggerProcesses has started
+
+
+def _load(config: TagConfig) -> None:
+    global _tagger
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _tagger = Tagger(config)
+
+
+def _tag(work: TagWork) -> TagSummary:
+    return _tagger.tag(work)
+
+
+def _leave_with_parent() -> None:
+    """A process whose parent was killed would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def review(reasons: Sequence[str]) -> dict[str, Any]:
     """The columns that say whether a person should look at an image, and why."""
     return {"review": "needs_review" if reasons else "ok", "review_reasons": list(reasons)}
 
 
+def _one_a_row(embeddings: np.ndarray, positions: np.ndarray, num_rows: int) -> np.ndarray | None:
+    """float32[num_rows, d], zeros where an image has no embedding; None where none has."""
+    if not len(positions):
+        return None
+    rows = np.zeros((num_rows, embeddings.shape[1]), np.float32)
+    rows[positions] = embeddings
+    return rows
+
+
 def _text_columns(texts: TagTexts) -> dict[str, Any]:
-    columns = asdict(texts)
-    del columns["sources"], columns["doubts"]
-    return columns
+    return {name: value for name, value in vars(texts).items() if name not in ("sources", "doubts")}
 
 
 class _Clock:

@@ -24,8 +24,8 @@ from vlm_ops.models.onnx_engine import OnnxEngine
 from vlm_ops.ops import ImageBatch, package_folder, type_of
 from vlm_ops.preprocessing import Preprocessing
 
-READING = Preprocessing(size=960, fit="contain")
-MIN_SCORE = 0.5
+READING = Preprocessing(size=736, fit="contain")
+MIN_SCORE = 0.5  # less sure lines are left out
 
 _STRIDE = 32  # sides that the first network takes are multiples of it
 _MIN_PIXEL_PROBABILITY = 0.3
@@ -35,6 +35,7 @@ _MIN_SIDE = 3  # of a line's core, in pixels
 _LINE_HEIGHT, _LINE_WIDTH = 48, 320  # that the second network was trained on; longer lines are wider
 _MAX_LINE_WIDTH = 3200
 _LINES_AT_ONCE = 6
+_MIN_LENGTH = 2  # of a text: most lone characters that are found in photos are no text
 _UPRIGHT = 1.5  # lines so much higher than wide are turned
 
 
@@ -77,11 +78,8 @@ class OcrOp:
 
     def __call__(self, batch: ImageBatch) -> dict[str, pa.Array]:
         found = self._reader.read(batch.contents(READING))
-        texts = [
-            [{"text": line.text, "score": line.score, "box": line.box} for line in lines if line.score >= MIN_SCORE]
-            for lines in found
-        ]
-        shares = [text_share([line for line in lines if line.score >= MIN_SCORE]) for lines in found]
+        texts = [[{"text": line.text, "score": line.score, "box": line.box} for line in lines] for lines in found]
+        shares = [text_share(lines) for lines in found]
         return {
             "texts": pa.array(texts, type_of(self, "texts")),
             "text_share": pa.array(shares, pa.float32()),
@@ -98,7 +96,7 @@ class TextReader:
         self._characters = np.array(["", *self._recogniser.metadata["character"].splitlines(), " "], dtype=object)
 
     def read(self, pictures: Sequence[np.ndarray]) -> list[list[TextLine]]:
-        """The lines of each picture, in reading order; those that nothing was read of are left out.
+        """The lines of each picture, in reading order; those that are doubtful, or one character long, are left out.
 
         Args:
             pictures: uint8[3, h, w] each, RGB.
@@ -112,7 +110,13 @@ class TextReader:
         for picture, lines in zip(pictures, found, strict=True):
             size = np.array([picture.shape[2], picture.shape[1]], np.float32)
             texts = [(corners / size, *next(read)) for corners, _ in lines]
-            result.append([TextLine(text, score, corners) for corners, text, score in texts if text])
+            result.append(
+                [
+                    TextLine(text, score, corners)
+                    for corners, text, score in texts
+                    if score >= MIN_SCORE and len(text) >= _MIN_LENGTH
+                ]
+            )
         return result
 
     def _detect(self, bgr: np.ndarray) -> list[np.ndarray]:
@@ -198,9 +202,9 @@ def _lines_in(probabilities: np.ndarray) -> list[np.ndarray]:
     mask = (probabilities > _MIN_PIXEL_PROBABILITY).astype(np.uint8)
     if not mask.any():
         return []
-    mask = cv2.dilate(mask, np.ones((2, 2), np.uint8))
     lines = []
-    contours: Sequence[Any] = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[-2]
+    dilated = cv2.dilate(mask, np.ones((2, 2), np.uint8))
+    contours: Sequence[Any] = cv2.findContours(dilated, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[-2]
     for contour in contours:
         center, (width, height), angle = cv2.minAreaRect(contour)
         if min(width, height) < _MIN_SIDE:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.tags import Box, FoundText, ImageEvidence
-from vlm_ops.ad_slots import SLOTS, ad_slots
+from vlm_ops.ad_slots import SLOTS, ad_slots, rules_in_force
 
 TODAY = date(2026, 11, 23)
 BEFORE, AFTER = date(2027, 1, 30), date(2027, 1, 31)
@@ -91,6 +91,10 @@ def test_merchant_center_asks_for_more_from_the_last_of_january_2027(name, side,
     assert slot(name, AFTER, width=500, height=500).eligible
 
 
+def test_rules_change_on_the_day_that_a_format_does():
+    assert rules_in_force(TODAY) == rules_in_force(BEFORE) != rules_in_force(AFTER)
+
+
 def test_merchant_center_takes_at_most_64_megapixels():
     assert (
         "it has 8001 x 8000 pixels; at most 64 million are taken"
@@ -134,7 +138,15 @@ def test_text_that_nobody_looked_for_is_said():
     assert slot("merchant_center_product", texts=None).reasons == ("text in it was not looked for (--ops ocr)",)
 
 
+def test_adult_content_fits_nowhere():
+    for each in ad_slots(dataclasses.replace(IMAGE, nsfw_score=0.9), TODAY):
+        assert (each.eligible, each.reasons) == (False, ("adult content score 0.90; adult content is not taken",))
+    assert all(each.eligible for each in ad_slots(dataclasses.replace(IMAGE, nsfw_score=0.7), TODAY))
+
+
 def test_borders_and_backgrounds():
+    cropped = slot("google_ads_landscape", border=0.08)
+    assert cropped.reasons == ("cropped to 1.91:1", "8% of the image is a border, of which the crop may hold some")
     assert slot("merchant_center_product", border=0.08).reasons == ("8% of it is a border",)
     actual = slot("merchant_center_product", plain_background=0.1)
     assert (actual.eligible, actual.reasons) == (True, ("advised: a plain background",))

@@ -261,19 +261,6 @@ def test_any_shape_becomes_the_models_input_at_no_great_cost(shape: tuple[int, i
     assert prepared.shape == (3, 224, 224) and prepared.unique().tolist() == [77]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fit": "contain"}, "unknown fit 'contain'; use 'stretch' or 'cover'"),
-        ({"crop_fraction": 0.0}, r"crop_fraction must be in \(0, 1\], got 0.0"),
-        ({"crop_fraction": 1.5}, r"crop_fraction must be in \(0, 1\], got 1.5"),
-    ],
-)
-def test_wrong_preprocessing(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Preprocessing(224, **options)
-
-
 # --- bad bytes -----------------------------------------------------------------------------------
 
 BMP = encode(photo(9), "BMP")

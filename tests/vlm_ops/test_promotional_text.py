@@ -33,7 +33,7 @@ def test_what_advertises(text):
     [
         "", "RESTAURANT", "STOP", "100% COTTON", "70% cacao", "HOUSE FOR SALE", "FORSALE", "sale marino", "Patate con sale", "wholesale", "Salem",
         "Nike", "No. 23", "1999", "24 hours", "Hotel Paris", "Police", "CODE OF CONDUCT", "offside", "Saldivar", "discounter", "Rebecca", "12:30", "coffee",
-        "Product of Italy", "M 38", "USA 1", "EURO 2008",
+        "Product of Italy", "M 38", "USA 1", "Zip code 90210", "shelf 2x1.5 m", "Noise reduction", "save the whales", "EURO 2008",
     ],
 )  # fmt: skip
 def test_what_does_not(text):

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
+import tarfile
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.tags import Box, FoundText, ImageEvidence, Label
 from tests.conftest import DATA
-from vlm_ops.suitability import LEVELS, judge, suitability_rules
+from vlm_ops.suitability import LEVELS, TopicEmbeddings, judge, suitability_rules, topic_embeddings
 
 ALCOHOL, ARMS, ADULT = "pg0WhF", "avbNf2", "Rm3SiT"
 PAGE = Box(0.0, 0.0, 1.0, 1.0)
@@ -102,6 +105,12 @@ def test_a_generated_caption_is_a_doubt_and_a_source_caption_is_not():
     assert judged(source_captions=("A man smokes a cigarette .",)).level == "medium"
 
 
+def test_a_caption_made_of_a_class_says_nothing_new():
+    caption = "a photo of a tobacco shop"
+    assert judged(labels=(Label("tobacco shop", 0.9),), caption=caption, caption_source="labels").level == "low"
+    assert judged(caption=caption, caption_source="generated").level is None
+
+
 def test_what_confirms_a_sure_topic_is_no_doubt():
     actual = judged(source_captions=("a glass of beer",), caption="a man with a beer")
     assert actual.level == "medium"
@@ -119,7 +128,7 @@ def test_the_worst_level_counts_and_the_surest_topic_comes_first():
     [
         "Men's bomber jacket", "a set of six shot glasses", "Shooting star necklace", "cordless nail gun", "toy gun", "a child with a toy soldier",
         "hot glue guns", "root beer", "non-alcoholic beer", "alcohol-free wine", "Women Cocktail Dress", "white wine vinegar", "nude heels",
-        "Women Wine Red Top", "cigarette trousers", "Dead Sea mud mask", "bullet journal", "smoking jacket", "no smoking sign", "tug-of-war",
+        "Women Wine Red Top", "cigarette trousers", "Dead Sea mud mask", "bullet journal", "smoking jacket", "no smoking sign", "tug-of-war", "tug-o-war", "a water pistol", "flare gun", "topless men on a beach",
         "killer heels", "unisex t-shirt", "Essex", "grape juice", "rapeseed oil", "ginger ale", "heroine", "begin", "class", "Scunthorpe",
         "bath bombs", "army green parka", "pistolet à eau", "Aston Martin", "military-style coat", "Suicide Squad poster", "blood orange",
     ],
@@ -193,6 +202,50 @@ def test_whatever_is_known_a_level_is_explained(title, caption, nsfw_score, foun
     assert actual.level is not None or actual.doubts
     assert (actual.level == "low") == (not actual.doubts and not actual.topics)
     assert all(0 <= topic.score <= 1 and topic.evidence for topic in actual.topics)
+
+
+def test_what_looks_like_a_topic_is_a_doubt_and_nothing_more():
+    arms = next(topic for topic in suitability_rules().topics if topic.id == ARMS)
+    looks = TopicEmbeddings(np.array([[1, 0]], np.float32), ("a man holding a gun",), (arms,), 0.3)
+    embeddings = np.array([[0.29, 0.96], [0.37, 0.93], [0, 0]], np.float32)
+    near, like, none = judge([HARMLESS] * 3, embeddings, looks)
+    assert (near.level, none.level) == ("low", "low")
+    assert (like.level, like.topics) == (None, ())
+    assert like.doubts == ("maybe Arms & Ammunition: looks like 'a man holding a gun' 0.37",)
+    assert [each.level for each in judge([HARMLESS] * 3, embeddings, None)] == ["low"] * 3
+    assert judge([], np.empty((0, 2), np.float32), looks) == []
+
+
+def test_prompts_are_encoded_for_encoders_that_were_measured():
+    looks = topic_embeddings("compact")
+    assert looks is not None
+    assert looks.embeddings.shape[0] == len(looks.prompts) == len(looks.topics)
+    assert np.linalg.norm(looks.embeddings, axis=1) == pytest.approx(1, abs=1e-3)
+    assert topic_embeddings("hf:openai/clip-vit-base-patch32") is None
+
+
+def _with_people_s_captions(path):
+    """Images of which only what people wrote is known, and everything else was looked for."""
+    with tarfile.open(path) as shard:
+        texts = [json.load(shard.extractfile(member)) for member in shard if member.name.endswith(".json")]
+    return [
+        dataclasses.replace(HARMLESS, source_captions=tuple(each.get("captions", ())), metadata=each) for each in texts
+    ]
+
+
+def test_few_photos_of_daily_life_are_called_sensitive(dev_shard):
+    """25 of these 1,000 are, each of them by its looks as well."""
+    actual = judge(_with_people_s_captions(dev_shard))
+    assert 15 <= sum(bool(each.topics) for each in actual) <= 30
+    assert sum(bool(each.doubts) for each in actual) <= 40
+
+
+def test_the_titles_of_a_shop_are_not_sensitive():
+    path = DATA / "fashion" / "products-00003.tar"
+    if not path.exists():
+        pytest.skip(f"needs the product photos at {path} (set BEAMSIGHT_DATA)")
+    actual = judge(_with_people_s_captions(path))
+    assert sum(bool(each.doubts) for each in actual) <= 0.005 * len(actual)
 
 
 def test_the_images_of_a_batch_do_not_touch_one_another():

@@ -43,8 +43,10 @@ class Addresses:
         if not row.shard_uri.startswith(self.uri_prefix):
             return None
         path = row.shard_uri[len(self.uri_prefix) :]
+        if not self.uri_prefix:  # images of several places: the scheme becomes a folder
+            path = path.replace("://", "/", 1)
         path = unquote(path) if is_web(row.shard_uri) else path
-        return safe_path("/".join(part for part in (path.replace("://", "/"), row.member) if part))
+        return safe_path("/".join(part for part in (path, row.member) if part))
 
     def image_url(self, row: ExportRow) -> str | None:
         """The image's URL; None where it cannot be told."""

@@ -26,7 +26,20 @@ RECORD = pa.schema(
 )
 
 
+def _holds_numbers(type_: pa.DataType) -> bool:
+    if pa.types.is_list(type_):
+        return _holds_numbers(type_.value_type)
+    if pa.types.is_struct(type_):
+        return any(_holds_numbers(each.type) for each in type_)
+    return pa.types.is_floating(type_)
+
+
+_NAMES = tuple(RECORD.names)
+_WITH_NUMBERS = tuple(each.name for each in RECORD if _holds_numbers(each.type))
+
+
 def record(row: ExportRow, addresses: Addresses) -> dict[str, Any]:
     """A value for every column of RECORD, as JSON can say it."""
     values = {**row.image, **row.tags, "image_url": addresses.image_url(row), "page_url": addresses.page(row)}
-    return {name: plain(values.get(name)) for name in RECORD.names}
+    values |= {name: plain(values.get(name)) for name in _WITH_NUMBERS}
+    return {name: values.get(name) for name in _NAMES}

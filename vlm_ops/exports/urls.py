@@ -17,6 +17,7 @@ _STRAY_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 _HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
 _MAX_NAME_BYTES = 200  # of a file name, of the 255 that filesystems have, so that suffixes fit
+_MAX_PATH_BYTES = 1_000  # of the 1,024 that object stores have, so that one suffix fits
 
 
 def is_web(uri: str) -> bool:
@@ -30,7 +31,7 @@ def encode_url(text: str) -> str | None:
     One with a user or a password in it is none either: it would be published.
     """
     text = text.strip()
-    if _UNSAFE.search(text):
+    if not is_web(text) or _UNSAFE.search(text):
         return None
     try:
         parts = urlsplit(text)
@@ -39,7 +40,7 @@ def encode_url(text: str) -> str | None:
     except ValueError:  # UnicodeError is one
         return None
     host = f"[{host}]" if ":" in host else host
-    if parts.scheme not in ("http", "https") or "@" in parts.netloc or not _HOST.fullmatch(host):
+    if "@" in parts.netloc or not _HOST.fullmatch(host):
         return None
     location = f"{host}:{port}" if port is not None else host
     path, query, fragment = (
@@ -94,9 +95,10 @@ def safe_path(path: str) -> str:
     """
     path = path.lstrip("/")
     safe = "/".join(_safe_name(name) for name in path.split("/"))
-    if safe == path:
+    if safe == path and len(safe.encode()) <= _MAX_PATH_BYTES:
         return safe
     folder, _, name = safe.rpartition("/")
+    folder = folder if len(safe.encode()) <= _MAX_PATH_BYTES else "_"
     stem, dot, suffix = name.rpartition(".")
     mark = hashlib.sha256(path.encode()).hexdigest()[:8]
     name = f"{stem}-{mark}{dot}{suffix}" if stem else f"{name}-{mark}"
