@@ -76,9 +76,10 @@ class Taxonomy:
         """
         node = self.by_id.get(text.strip()) or self.by_path.get(tuple(name.strip() for name in text.split(">")))
         if node is None:
+            deepest = max(self.nodes, key=lambda each: len(each.path))
             raise ValueError(
-                f"{text!r} is no category of {self.name} {self.version}; give an id or a path, such as "
-                f"{self.nodes[0].id!r} or {' > '.join(max((node.path for node in self.nodes[:20]), key=len))!r}"
+                f"{text!r} is no category of {self.name} {self.version}; give an id or a path, such as {deepest.id!r} or "
+                f"{' > '.join(deepest.path)!r}"
             )
         return node
 
@@ -104,17 +105,13 @@ class FileError:
     message: str
 
 
-def raise_errors(where: str, errors: Iterable[FileError], what: str = "taxonomy") -> None:
-    """Raises:
-    ValueError: There are any; the message has a line for each, in the order of the file.
-    """
+def invalid(where: str, errors: Iterable[FileError], what: str = "taxonomy") -> ValueError:
+    """The exception that tells all errors of a file, a line for each, in the order of the file."""
     listed = sorted(errors, key=lambda error: error.line)
-    if not listed:
-        return
     more = [f"  and {len(listed) - _MAX_ERRORS} more"] if len(listed) > _MAX_ERRORS else []
     lines = [f"  line {error.line}: {error.message}" for error in listed[:_MAX_ERRORS]]
     count = "1 error" if len(listed) == 1 else f"{len(listed)} errors"
-    raise ValueError("\n".join([f"{where} is no valid {what}, {count}:", *lines, *more]))
+    return ValueError("\n".join([f"{where} is no valid {what}, {count}:", *lines, *more]))
 
 
 def taxonomy_of(
@@ -153,7 +150,8 @@ def taxonomy_of(
     found += _cycles(first_of_id)
     if not entries and not found:
         found.append(FileError(1, "there is no node; add one"))
-    raise_errors(where, found)
+    if found:
+        raise invalid(where, found)
     nodes = tuple(
         Node(
             entry.id,
@@ -188,8 +186,7 @@ def parse_iab(text: str, where: str, default_name: str) -> Taxonomy:
         message = (
             "no header 'Unique ID, Parent, Name' in the first three lines; take the file as IAB Tech Lab publishes it"
         )
-        raise_errors(where, [FileError(1, message)])
-        raise AssertionError
+        raise invalid(where, [FileError(1, message)])
     entries, errors = [], []
     for number, line in enumerate(lines[header + 1 :], header + 2):
         if not line.strip():

@@ -17,7 +17,8 @@ import json
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -176,33 +177,43 @@ class CategoryScorer:
         Args:
             embeddings: float32[n, d]; a row of NaN where an image has none: it gets no category.
         """
-        has_embedding = ~np.isnan(embeddings).any(axis=1)
         spoken = self.evidence_vectors(embeddings, evidences)
+        has_embedding = ~np.isnan(embeddings).any(axis=1)
+        is_told = spoken["source_metadata"].any(axis=1)
+        found: list[tuple[Category, ...]] = [()] * len(evidences)
+        for scorer, rows in ((self, has_embedding & is_told), (self._of_pictures, has_embedding & ~is_told)):
+            if rows.any():
+                assigned = scorer._assigned({kind: values[rows] for kind, values in spoken.items()})
+                for row, categories in zip(np.flatnonzero(rows), assigned, strict=True):
+                    found[row] = categories
+        return found
+
+    @cached_property
+    def _of_pictures(self) -> CategoryScorer:
+        """For images that came without texts: only what pictures show, which is half of the work."""
+        nodes = np.flatnonzero(self.members[self.visible].any(axis=0))
+        numbers = {int(node): number for number, node in enumerate(nodes)}
+        return replace(
+            self,
+            nodes=tuple(self.nodes[node] for node in nodes),
+            parents=np.array([numbers.get(int(self.parents[node]), -1) for node in nodes], np.int64),
+            prompts=self.prompts[self.visible],
+            members=self.members[self.visible][:, nodes],
+            visible=self.visible[self.visible],
+        )
+
+    def _assigned(self, spoken: Mapping[str, np.ndarray]) -> list[tuple[Category, ...]]:
         prompts = self.prompt_probabilities(spoken)
         probabilities = self.node_probabilities(prompts)
-        likely = (probabilities >= self.threshold) & has_embedding[:, None]
-        found: list[tuple[Category, ...]] = []
-        rows, columns = [], []
-        for row in range(len(evidences)):
-            chosen = np.flatnonzero(likely[row])
-            # Parents stand before children in `nodes`, and the sort is stable: of equals the parent comes first.
-            chosen = chosen[np.argsort(-probabilities[row, chosen], kind="stable")][: self.max_categories]
-            rows += [row] * len(chosen)
-            columns += chosen.tolist()
-        names = self._spoke(spoken, prompts, np.array(rows, np.int64), np.array(columns, np.int64))
-        start = 0
-        for row in range(len(evidences)):
-            end = start
-            while end < len(rows) and rows[end] == row:
-                end += 1
-            found.append(
-                tuple(
-                    Category(self.nodes[i].id, self.nodes[i].path, float(probabilities[row, i]), evidence)
-                    for i, evidence in zip(columns[start:end], names[start:end], strict=True)
-                )
-            )
-            start = end
-        return found
+        # Parents stand before children in `nodes`, and the sort is stable: of equals the parent comes first.
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.max_categories]
+        is_likely = np.take_along_axis(probabilities, order, axis=1) >= self.threshold
+        rows, columns = np.nonzero(is_likely)[0], order[is_likely]
+        found: list[list[Category]] = [[] for _ in probabilities]
+        for row, column, evidence in zip(rows, columns, self._spoke(spoken, prompts, rows, columns), strict=True):
+            node = self.nodes[column]
+            found[row].append(Category(node.id, node.path, float(probabilities[row, column]), evidence))
+        return [tuple(each) for each in found]
 
     def evidence_vectors(self, embeddings: np.ndarray, evidences: Sequence[ImageEvidence]) -> dict[str, np.ndarray]:
         """For each kind of evidence float32[n, d]: what it says, less what it says of all images; zero where it is
@@ -230,21 +241,26 @@ class CategoryScorer:
     def prompt_probabilities(self, spoken: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32[n, p], rows sum to 1: the softmax over all prompts of the weighted evidence."""
         weighted = {kind: self.calibration.weights[kind] * values for kind, values in spoken.items()}
-        logits = sum(weighted.values()) @ self.prompts.T
+        logits = np.sum(list(weighted.values()), axis=0) @ self.prompts.T
         if not self.visible.all():
             beside = weighted["source_metadata"]
-            hidden = np.where(beside.any(axis=1)[:, None], beside @ self.prompts[~self.visible].T, -np.inf)
+            hidden = np.where(np.asarray(beside.any(axis=1))[:, None], beside @ self.prompts[~self.visible].T, -np.inf)
             logits[:, ~self.visible] = hidden
         return softmax(logits)
 
     def node_probabilities(self, prompts: np.ndarray) -> np.ndarray:
         """float32[n, m]: calibrated, and no child's above its parent's."""
-        sums = np.minimum(prompts @ self.members.astype(np.float32), 1)
+        sums = np.minimum(prompts @ self._weights, 1)
         probabilities = self.calibration.probability(sums)
         for number, parent in enumerate(self.parents):  # sums of equal numbers may differ in the last digit
             if parent >= 0:
                 np.minimum(probabilities[:, number], probabilities[:, parent], out=probabilities[:, number])
         return probabilities
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        """`members` as float32[p, m]."""
+        return self.members.astype(np.float32)
 
     def _spoke(
         self, spoken: Mapping[str, np.ndarray], prompts: np.ndarray, rows: np.ndarray, columns: np.ndarray
@@ -316,17 +332,16 @@ class TextVectors:
         """float32[n, d]: of each row the sum of its texts' vectors by their weights, or their mean; zero where it has
         none."""
         numbers, vectors = self._look_up({text for row in weighted for text, _ in row})
-        sums = np.zeros((len(weighted), self._dim), np.float32)
-        filled = [i for i, row in enumerate(weighted) if row]
-        if filled:
-            flat = [pair for i in filled for pair in weighted[i]]
-            sizes = np.array([len(weighted[i]) for i in filled])
-            weights = np.array([weight for _, weight in flat], np.float32)
-            terms = vectors[[numbers[text] for text, _ in flat]] * weights[:, None]
-            sums[filled] = np.add.reduceat(terms, np.concatenate([[0], np.cumsum(sizes)[:-1]]))
-            if as_mean:
-                sums[filled] /= sizes[:, None]
-        return sums
+        flat = [(row, numbers[text], weight) for row, texts in enumerate(weighted) for text, weight in texts]
+        if not flat:
+            return np.zeros((len(weighted), self._dim), np.float32)
+        rows, texts, weights = map(np.array, zip(*flat, strict=True))
+        used, texts = np.unique(texts, return_inverse=True)
+        table = np.zeros((len(weighted), len(used)), np.float32)
+        np.add.at(table, (rows, texts), weights)
+        if as_mean:
+            table /= np.maximum(np.bincount(rows, minlength=len(weighted)), 1)[:, None]
+        return table @ vectors[used]
 
     def _look_up(self, texts: set[str]) -> tuple[dict[str, int], np.ndarray]:
         with self._lock:

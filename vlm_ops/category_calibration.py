@@ -136,7 +136,7 @@ def fit(
     importance = _importance(targets)
     means, similarities = {}, {}
     for kind, values in spoken.items():
-        is_there = values.any(axis=1)
+        is_there = np.asarray(values.any(axis=1))
         if not is_there.any():
             continue
         means[kind] = np.average(values[is_there], axis=0, weights=importance[is_there]).round(_DIGITS)
@@ -144,7 +144,7 @@ def fit(
         similarities[kind] = (centred @ prompts.T)[:, visible]
     right = (targets @ members.T.astype(np.float32) > 0)[:, visible]
     weights = _weights(similarities, right, importance, start.weights)
-    logits = sum(weights[kind] * each for kind, each in similarities.items())
+    logits = np.sum([weights[kind] * each for kind, each in similarities.items()], axis=0)
     scores = _softmax(logits) @ members[visible].astype(np.float32)
     return CategoryCalibration(
         start.model,
@@ -173,7 +173,7 @@ def _weights(
     least = np.array([logs[i] + (np.log(0.1) if kind == "image" else 0) for i, kind in enumerate(kinds)])
     first, second = np.zeros(len(kinds)), np.zeros(len(kinds))
     for step in range(1, _STEPS + 1):
-        logits = sum(np.exp(log) * similarities[kind] for log, kind in zip(logs, kinds, strict=True))
+        logits = np.sum([np.exp(log) * similarities[kind] for log, kind in zip(logs, kinds, strict=True)], axis=0)
         everywhere = _softmax(logits)
         among_right = _softmax(np.where(right, logits, -1e9))
         gradient = np.array(

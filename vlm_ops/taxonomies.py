@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from schemas.tags import DEFAULT_TAXONOMY
-from schemas.taxonomy import Entry, FileError, Taxonomy, parse_google, parse_iab, raise_errors, taxonomy_of
+from schemas.taxonomy import Entry, FileError, Taxonomy, invalid, parse_google, parse_iab, taxonomy_of
 from vlm_ops import storage
 
 _BUILT_IN = (DEFAULT_TAXONOMY,)
@@ -70,7 +70,7 @@ def parse_yaml(text: str, where: str) -> Taxonomy:
     listed = values.get("nodes")
     if not isinstance(listed, yaml.SequenceNode):
         errors.append(FileError(_line(listed) if listed else 1, "`nodes` must be a list of nodes"))
-        raise_errors(where, errors)
+        raise invalid(where, errors)
     entries = [entry for item in listed.value for entry in _entry(item, errors)]
     return taxonomy_of(name or "", version or "", entries, where, attribution or "", errors)
 
@@ -105,7 +105,7 @@ def parse_mapping(text: str, taxonomy: Taxonomy, where: str) -> dict[str, tuple[
     top = _composed(text, where, _MAPPING)
     found: dict[str, tuple[str, ...]] = {}
     if not isinstance(top, yaml.MappingNode):
-        raise_errors(where, [FileError(1, "must be lines of `label: category`")], _MAPPING)
+        raise invalid(where, [FileError(1, "must be lines of `label: category`")], _MAPPING)
     for key, value in top.value:
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
         label = key.value if isinstance(key, yaml.ScalarNode) else ""
@@ -117,7 +117,8 @@ def parse_mapping(text: str, taxonomy: Taxonomy, where: str) -> dict[str, tuple[
             found[label] = tuple(id_ for each in items for id_ in _found(taxonomy, each, errors))
     if not found and not errors:
         errors.append(FileError(1, "has no `label: category`; add one"))
-    raise_errors(where, errors, _MAPPING)
+    if errors:
+        raise invalid(where, errors, _MAPPING)
     return found
 
 
@@ -133,8 +134,7 @@ def _decoded(content: bytes, where: str, what: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise_errors(where, [FileError(line, "is not UTF-8; save the file as UTF-8")], what)
-        raise
+        raise invalid(where, [FileError(line, "is not UTF-8; save the file as UTF-8")], what) from error
 
 
 def _composed(text: str, where: str, what: str) -> yaml.Node | None:
@@ -145,8 +145,7 @@ def _composed(text: str, where: str, what: str) -> yaml.Node | None:
         found = FileError(mark.line + 1 if mark else 1, f"is not YAML: {error.problem or error.context}")
     except yaml.YAMLError as error:
         found = FileError(1, f"is not YAML: {str(error).splitlines()[0]}")
-    raise_errors(where, [found], what)
-    raise AssertionError
+    raise invalid(where, [found], what)
 
 
 def _entry(item: yaml.Node, errors: list[FileError]) -> Iterator[Entry]:

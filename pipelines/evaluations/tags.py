@@ -96,8 +96,9 @@ def figures_of(judged: Sequence[Judged]) -> dict[str, Estimate]:
     for low in np.arange(0, 1, _BIN_WIDTH).round(1):
         here = _in_bin(scores, low)
         if here.any():
-            name = f"right of {int(here.sum())} scored {low:.1f} to {low + _BIN_WIDTH:.1f}"
-            figures[name] = bootstrap(rights[here], mean, owners[here])
+            figures[f"right of those scored {low:.1f} to {low + _BIN_WIDTH:.1f}"] = bootstrap(
+                rights[here], mean, owners[here]
+            )
     return figures
 
 

@@ -71,7 +71,7 @@ def test_a_picture_is_what_its_prompts_say(color: str, ids: list[str]) -> None:
 def test_it_abstains_under_the_threshold_and_keeps_to_the_number() -> None:
     assert assign(IMAGES["red"], evidence(), threshold=0.9999) == ()
     assert [each.id for each in assign(IMAGES["red"], evidence(), max_categories=1)] == ["w"]
-    assert len(assign(IMAGES["red"], evidence(), threshold=0.0, max_categories=50)) == 6  # all but secrets
+    assert len(assign(IMAGES["red"], evidence(), threshold=0.0, max_categories=50)) == 5  # all that pictures show
 
 
 def test_an_image_without_an_embedding_has_no_category() -> None:
