@@ -30,7 +30,7 @@ _NEVER = frozenset(
         someone somebody anything anyone nothing everyone himself herself itself themselves whose all both either neither
         half few more most much less least lots about front side sides top bottom middle edge end background foreground
         distance midair mid-air closeup close-up group groups bunch couple pair lot number picture photo photograph image view scene shot
-        camera way part piece type kind sort thing things set side-by-side left right nearby upon among apparently"""
+        camera way part piece type kind sort thing things set side-by-side same left right nearby upon among apparently"""
     )
 )
 _VERBS = word_set(

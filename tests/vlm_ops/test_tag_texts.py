@@ -272,6 +272,19 @@ def test_a_caption_that_agrees_with_the_source_is_used_and_one_that_does_not_is_
     assert "the caption does not name what the source does" in differs.doubts
 
 
+@pytest.mark.parametrize("label", ["3", "0017", "class_3.jpg", "x" * 61, "https://kinds.example"])
+def test_a_label_that_is_no_name_says_nothing(label: str) -> None:
+    assert generated("a dog and a ball in the snow", metadata={"label": label}) == generated(
+        "a dog and a ball in the snow"
+    )
+
+
+def test_categories_stand_behind_what_the_first_caption_names() -> None:
+    captions = ("A black dog on a beach .", "An animal and its ball near waves .")
+    texts = generated("a dog in the sand", source_captions=captions, categories=(Category("1", ("Pets",), 0.9),))
+    assert texts.keywords == ("black dog", "beach", "pets", "animal", "ball", "waves", "sand")
+
+
 def test_an_unsure_caption_is_doubted() -> None:
     assert "the caption is unsure: its score is below 0.8" in generated("a dog in the snow", score=0.42).doubts
     assert generated("a dog and a ball in the snow", score=0.8).doubts == ()
