@@ -18,6 +18,10 @@ _NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 _OPENERS = word_set(
     f"a an the his her its their my our your some several many two this that these those another {_NUMBERS}"
 )
+# Behind these, what could be a verb is a thing: "near waves".
+_PREPOSITIONS = BEFORE_A_PHRASE - word_set(
+    "and as but down like off or out that through to until up where which while whilst who"
+)
 _NEVER = frozenset(
     BEFORE_A_PHRASE
     | INSIDE_A_PHRASE
@@ -77,16 +81,17 @@ _SURELY_READ = 6
 def noun_phrases(caption: str) -> Iterator[str]:
     """Lower-case noun phrases of at most three words, in their order: `black dog`, `swimming pool`."""
     phrase: list[str] = []
-    opened = shared = False
+    opened = shared = behind_preposition = False
     for word in (*_words(caption), "."):
         modified = _is_modifier(phrase[-1]) if phrase else opened
-        if word not in _NEVER and word[0].isalpha() and (modified or not _is_verb(word)):
+        is_thing = modified or not _is_verb(word) or (behind_preposition and word in _VERBS and not phrase)
+        if word not in _NEVER and word[0].isalpha() and is_thing:
             phrase.append(word)
             continue
         shares = word in ("and", "or") and bool(phrase) and all(map(_is_modifier, phrase))  # "black and white dog"
         if phrase and not shares and _names_something(phrase[-1]):
             yield " ".join(_thing(phrase) if shared else phrase[-_MAX_WORDS:])
-        phrase, shared, opened = [], shares, word in _OPENERS
+        phrase, shared, opened, behind_preposition = [], shares, word in _OPENERS, word in _PREPOSITIONS
 
 
 def doings(caption: str) -> list[str]:

@@ -331,14 +331,15 @@ def _keyword_candidates(
     if own.brand:
         yield own.brand, SOURCE_METADATA
     yield from ((each, SOURCE_METADATA) for each in own.categories)
-    first, *more = [*own.alt, *own.captions[:_MAX_CAPTIONS], *own.titles[: 0 if own.kind else 1], agreed]
-    yield from _named_in(first)
+    titles = own.titles[: 0 if own.kind else 1]
+    texts: list[_Candidate | None] = [*own.alt, *own.captions[:_MAX_CAPTIONS], *titles, agreed]
+    yield from _named_in(texts[0])
     if not own.kind:
         yield from ((label.name, LABELS) for label in evidence.labels if label.score >= KEYWORD_LABEL_SCORE)
     for category in categories:
         if category.path and category.score >= KEYWORD_CATEGORY_SCORE:
             yield plain(category.path[-1]).replace(" & ", " and "), LABELS
-    for each in more:
+    for each in texts[1:]:
         yield from _named_in(each)
     yield from ((each, SOURCE_METADATA) for each in (*own.details, *([] if own.kind else [own.color])))
 

@@ -20,6 +20,8 @@ from vlm_ops.caption_words import doings, noun_phrases, reads_english
         ("a white men's watch", ["white men's watch"]),
         ("A boy takes a large jump", ["boy", "large jump"]),
         ("A man is swinging on a swing", ["man", "swing"]),
+        ("A ball near waves", ["ball", "waves"]),
+        ("A man tries to surf", ["man"]),
         ("A snow covered hill", ["snow", "hill"]),
         ("a group of people in front of a building in the background", ["people", "building"]),
         ("a man 's wet dog", ["man's wet dog"]),
