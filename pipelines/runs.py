@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import apache_beam as beam
 
@@ -76,7 +76,7 @@ def execute(run: Run, state: CatalogState) -> int:
         recipe=run.recipe,
         run_id=run_id,
         action=run.action,
-        started_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         inputs=run.inputs,
         gone=run.plan.leaving(run.prune),
         sequence=state.sequence,

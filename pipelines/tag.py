@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import apache_beam as beam
 import pyarrow as pa
@@ -151,7 +151,7 @@ def _config(
         from vlm_ops.text_writer import text_writer_identity  # heavy, and seldom needed
 
         text_model = text_writer_identity(options.text_model)
-    today = datetime.now(timezone.utc).date()
+    today = datetime.now(UTC).date()
     tag_recipe = TagRecipe(
         taxonomy=taxonomy.name,
         taxonomy_version=taxonomy.version,

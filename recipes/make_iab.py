@@ -39,7 +39,7 @@ def make(published: str, ours: dict[str, Any]) -> str:
     taxonomy = parse_iab(published, "the published file", "")
     prompts, sensitive = ours["prompts"], set(ours["sensitive"])
     if unknown := (set(prompts) | sensitive) - set(taxonomy.by_id):
-        raise ValueError(f"{', '.join(sorted(unknown))} in {PROMPTS.name}: no id of {taxonomy.name}; correct it")
+        raise ValueError(f"{', '.join(sorted(unknown))} in {PROMPTS.name}: no id of the published file; correct it")
     seen = {each.id for node in taxonomy.nodes if node.id in prompts for each in _up(taxonomy, node)}
     harmful = {node.id for node in taxonomy.nodes if sensitive & {each.id for each in _up(taxonomy, node)}}
     lines = [f"name: {taxonomy.name}", f'version: "{taxonomy.version}"', f"attribution: {json.dumps(_ATTRIBUTION)}"]

@@ -14,13 +14,15 @@ from schemas.catalog import CatalogLayout, part_name
 from schemas.recipes import Recipe
 from schemas.samples import digest, image_id
 from schemas.tables import images_schema
-from schemas.tags import TAGS, TEXT_FIELDS
+from schemas.tags import TAGS, TEXT_FIELDS, TagRecipe, TagRecord
 from vlm_ops.delta_tables import LivePart, set_live
 from vlm_ops.exports.rows import ExportRow
 from vlm_ops.states import CatalogState, StateParts, commit_parts, new_record
+from vlm_ops.tag_states import TAG_RECORD
 
 RUN_ID = "20261101T120000000-abcdef"
 RECIPE = Recipe((), 1_000_000, 1_000_000)
+TAG_RECIPE = TagRecipe("IAB Content Taxonomy", "3.1", "0" * 12, None, "", "", None)
 
 
 def image_row(uri: str, metadata: Mapping[str, Any] | str | None = None, **columns: Any) -> dict[str, Any]:
@@ -69,7 +71,8 @@ def write_catalog(
     state = StateParts(tuple(parts), ())
     commit_parts(catalog, CatalogState(), state, new_record(RUN_ID, "build", RECIPE, None, state), {}, images_schema())
     if tags is not None:
-        set_live(catalog.tags, TAGS, tag_parts, RUN_ID, {})
+        record = TagRecord(RUN_ID, "2026-11-01T12:00:00+00:00", 1, RUN_ID, TAG_RECIPE, len(images), len(tags))
+        set_live(catalog.tags, TAGS, tag_parts, RUN_ID, {}, {TAG_RECORD: record.to_json()})
     return catalog
 
 

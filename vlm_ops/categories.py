@@ -160,8 +160,10 @@ class CategoryScorer:
         members = np.concatenate([members, np.zeros((num_background, len(nodes)), bool)])
         visible = np.concatenate([visible, np.ones(num_background, bool)])
         parents = np.array([numbers[node.parent] if node.parent else -1 for node in nodes], np.int64)
-        decides = [taxonomy.hash, sorted((node.id, listed_) for node, listed_ in zip(nodes, _texts_of(nodes, members, listed), strict=True)),
-                   BACKGROUND_PROMPTS, model, calibration.to_json(), threshold, max_categories, METADATA_FIELDS]  # fmt: skip
+        decides = [
+            taxonomy.hash, list(zip(listed, members.tolist(), visible.tolist(), strict=False)), BACKGROUND_PROMPTS,
+            METADATA_FIELDS, model, calibration.to_json(), threshold, max_categories,
+        ]  # fmt: skip
         fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
         return CategoryScorer(
             taxonomy, text_model, calibration, threshold, max_categories, nodes, parents, vectors, members, visible,
@@ -407,11 +409,6 @@ def _up(node: Node, nodes: Sequence[Node], numbers: Mapping[str, int]) -> Iterat
         yield number
         parent = nodes[number].parent
         number = numbers[parent] if parent else None
-
-
-def _texts_of(nodes: Sequence[Node], members: np.ndarray, listed: Sequence[str]) -> Iterator[list[str]]:
-    for number in range(len(nodes)):
-        yield [listed[row] for row in np.flatnonzero(members[: len(listed), number])]
 
 
 def _encoded(texts: Sequence[str], spec: str, model: str) -> np.ndarray:

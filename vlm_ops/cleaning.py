@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from schemas.catalog import CatalogLayout, is_data_file
@@ -100,9 +100,9 @@ def _written_at(info: Mapping[str, Any]) -> datetime:
     """When a listed file was written; now, where its storage does not tell."""
     told = info.get("mtime") or info.get("LastModified") or info.get("updated") or info.get("created")
     if isinstance(told, (int, float)):
-        return datetime.fromtimestamp(told, timezone.utc)
+        return datetime.fromtimestamp(told, UTC)
     if isinstance(told, str):
         told = datetime.fromisoformat(told.replace("Z", "+00:00"))
     if isinstance(told, datetime):
-        return told if told.tzinfo else told.replace(tzinfo=timezone.utc)
-    return datetime.now(timezone.utc)
+        return told if told.tzinfo else told.replace(tzinfo=UTC)
+    return datetime.now(UTC)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from math import isqrt
 from typing import Any
 
@@ -78,7 +78,7 @@ def build_index(
         ntotal=index.ntotal,
         d=index.d,
         nprobe=nprobe,
-        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     del index
     with storage.replacing(catalog.index_file(run_id, INDEX_ROWS), storage_options) as path:
@@ -144,10 +144,10 @@ class OpenIndex:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         selector = faiss.IDSelectorBatch(np.ascontiguousarray(among, np.int64))
         if self.manifest.nprobe == 1:
-            return self.faiss_index.search(queries, k, params=faiss.SearchParameters(sel=selector))
+            return self.faiss_index.search(queries, k, params=faiss.SearchParameters(sel=selector))  # type: ignore[call-arg]
         lists = faiss.extract_index_ivf(self.faiss_index)
         for nprobe in (lists.nprobe, lists.nlist):  # few images may all be in lists that are not visited
-            params = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
+            params = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)  # type: ignore[call-arg]
             scores, ids = self.faiss_index.search(queries, k, params=params)
             if (ids >= 0).all():
                 break

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -191,7 +191,7 @@ def _manifest(
     config: PublishConfig, summaries: Sequence[PartSummary], rate: float, num_lost: int, commit: Commit | None
 ) -> RunManifest:
     started = datetime.fromisoformat(config.started_at)
-    finished = datetime.now(timezone.utc)
+    finished = datetime.now(UTC)
     computed = [summary for summary in summaries if not summary.is_reused]
     record = commit.record if commit and commit.record.run_id == config.run_id else None
     return RunManifest(

@@ -6,7 +6,7 @@ import itertools
 import logging
 import uuid
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from schemas.catalog import RUN_MANIFEST, CatalogLayout
 from schemas.manifests import RunManifest
@@ -21,7 +21,7 @@ _MIN_BYTES = 1_000_000  # of a run that tells how long others will take
 
 def new_run_id() -> str:
     """Sorts by time, and is nobody else's."""
-    now = datetime.now(timezone.utc)
+    now = datetime.now(UTC)
     return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{uuid.uuid4().hex[:6]}"
 
 

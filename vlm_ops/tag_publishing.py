@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ def publish_tags(config: TagPublishConfig, summaries: Sequence[TagSummary]) -> T
     check_parts_are_there(catalog.tags, parts, state.parts, options)
     record = TagRecord(
         run_id=config.run_id,
-        committed_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
         images_version=config.images_version,
         images_run_id=config.images_run_id,
         recipe=config.recipe,

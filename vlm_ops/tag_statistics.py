@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,7 @@ def describe_tags(
         for name in ("suitability", "review"):
             counts[name].update(value or "unknown" for value in rows[name].to_pylist())
         for reasons in rows["review_reasons"].to_pylist():
-            counts["review_reasons"].update({reason.partition(":")[0] for reason in reasons})
+            counts["review_reasons"].update({_kind(reason) for reason in reasons})
         for categories in rows["categories"].to_pylist():
             num_uncategorised += not categories
             counts["categories"].update(" > ".join(category["path"]) for category in categories[:1])
@@ -44,6 +45,11 @@ def describe_tags(
         "without_category": num_uncategorised,
         **{name: dict(counter.most_common()) for name, counter in counts.items()},
     }
+
+
+def _kind(reason: str) -> str:
+    """A reason without what is particular to one image."""
+    return re.split(r": | \(\d", reason)[0]
 
 
 def tag_lines(tags: dict[str, Any] | None, catalog: str) -> list[str]:

@@ -202,9 +202,9 @@ def _lines_in(probabilities: np.ndarray) -> list[np.ndarray]:
     mask = (probabilities > _MIN_PIXEL_PROBABILITY).astype(np.uint8)
     if not mask.any():
         return []
-    mask = cv2.dilate(mask, np.ones((2, 2), np.uint8))
     lines = []
-    contours: Sequence[Any] = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[-2]
+    dilated = cv2.dilate(mask, np.ones((2, 2), np.uint8))
+    contours: Sequence[Any] = cv2.findContours(dilated, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[-2]
     for contour in contours:
         center, (width, height), angle = cv2.minAreaRect(contour)
         if min(width, height) < _MIN_SIDE:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+from datetime import UTC
 from pathlib import Path
 
 import numpy as np
@@ -548,11 +549,11 @@ def test_clean_removes_what_no_kept_state_needs(night: Night) -> None:
 
 def test_clean_keeps_what_was_current_since_then(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three nights, ten days apart; fourteen days back the first one's successor was current."""
-    from datetime import datetime, timedelta, timezone
+    from datetime import datetime, timedelta
 
     import vlm_ops.states as states
 
-    now = datetime.now(timezone.utc)
+    now = datetime.now(UTC)
     for days in (25, 15, 5):
 
         class Clock(datetime):

@@ -58,3 +58,14 @@ def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture) -> None:
 def test_reports_of_other_processes_go_nowhere() -> None:
     progress.report("unknown run", TARS[0], 1, 1)
     progress.report_finished("unknown run", TARS[0], 1)
+
+
+def test_a_count_is_logged_now_and_then(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(progress, "LOG_INTERVAL_SEC", 0.0)
+    with caplog.at_level(logging.INFO, "pipelines.progress"), progress.counting("export", 30) as advance:
+        advance(10)
+        advance(20)
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "export: 10 of 30 images",
+        "export: 30 of 30 images",
+    ]

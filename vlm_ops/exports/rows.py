@@ -21,6 +21,8 @@ from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart, read_columns
 
+NEEDS_REVIEW = "needs review"
+OUTDATED = "changed or gone since it was tagged"
 _BATCH_SIZE = 1024
 
 
@@ -79,15 +81,17 @@ class LeftOut:
     file: TextIO | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, image_id: int, uri: str, *reasons: str) -> None:
+    def add(self, image_id: int, uri: str, *reasons: str, details: Sequence[str] = ()) -> None:
+        """Adds an image. `details` say more than can be counted."""
         self.counts.update(reasons)
         if self.file is not None:
-            line = {"image_id": image_id, "uri": uri, "reasons": reasons}
+            line = {"image_id": image_id, "uri": uri, "reasons": [*reasons, *details]}
             self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def nothing_left(self) -> NothingToExportError:
         """What to raise where no image is left to be exported."""
-        return NothingToExportError(f"nothing to export: {str(self) or 'no image has tags'}")
+        remedy = "; --review include exports what needs review, too" if self.counts[NEEDS_REVIEW] else ""
+        return NothingToExportError(f"nothing to export: {str(self) or 'no image has tags'}{remedy}")
 
     def __str__(self) -> str:
         return ", ".join(f"{reason} ({count})" for reason, count in self.counts.most_common())
@@ -122,6 +126,10 @@ class RowSource:
     @property
     def num_rows(self) -> int:
         return sum(part.num_rows for part in self.tags)
+
+    def num_untagged(self, left_out: LeftOut) -> int:
+        """How many images have no tags, or none that are true, once all rows were read."""
+        return sum(part.num_rows for part in self.images) - self.num_rows + left_out.counts[OUTDATED]
 
     def rows(
         self,
@@ -171,9 +179,9 @@ class RowSource:
         for row, image in zip(tags.to_pylist(), found, strict=True):
             needs_review = row.get("review") == "needs_review"
             if image["image_id"] is None:
-                left_out.add(row["image_id"], row["uri"], "not in the catalog any more")
+                left_out.add(row["image_id"], row["uri"], OUTDATED)
             elif needs_review and self.review == "exclude":
-                left_out.add(row["image_id"], row["uri"], "needs review")
+                left_out.add(row["image_id"], row["uri"], NEEDS_REVIEW)
             elif not needs_review and self.review == "only":
                 left_out.add(row["image_id"], row["uri"], "needs no review")
             else:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.vlm_ops.exports.rules import valid
 from tests.vlm_ops.exports.texts import ANY_TEXT, NASTY
 from vlm_ops.exports import merchant
 from vlm_ops.exports.addresses import Addresses
-from vlm_ops.exports.rows import ExportRow, NothingToExportError
+from vlm_ops.exports.rows import ExportRow, NothingToExportError, leaving_out
 from vlm_ops.exports.targets import Target
 
 G = {"g": "http://base.google.com/ns/1.0"}
@@ -70,11 +71,11 @@ def test_a_product_has_at_most_ten_additional_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        ({"width": 499}, "smaller than 500×500 pixels"),
-        ({"height": 499, "width": 5000}, "smaller than 500×500 pixels"),
+        ({"width": 499}, "smaller than 500 x 500 pixels"),
+        ({"height": 499, "width": 5000}, "smaller than 500 x 500 pixels"),
         ({"width": None}, "size not known"),
         ({"width": 8001, "height": 8000}, "more than 64 megapixels"),
-        ({"num_bytes": 16_000_001}, "larger than 16 MB"),
+        ({"num_bytes": 2**24 + 1}, "larger than 16 MB"),
         ({"format": None}, "format not allowed, or not known"),
         ({"format": "AVIF"}, "format not allowed, or not known"),
         ({"shard_uri": "/elsewhere/x.jpg"}, "no image URL"),
@@ -86,7 +87,7 @@ def test_an_unfit_image_is_left_out_with_the_reason(tmp_path: Path, image: dict[
         path,
         [
             product("bad.jpg", "B", image),
-            product("good.jpg", "G", {"width": 500, "height": 500, "num_bytes": 16_000_000}),
+            product("good.jpg", "G", {"width": 500, "height": 500, "num_bytes": 2**24}),
         ],
     )
     assert items(path) == {"G": [f"{CDN}good.jpg"]}
@@ -96,21 +97,46 @@ def test_an_unfit_image_is_left_out_with_the_reason(tmp_path: Path, image: dict[
 def test_all_reasons_are_told_at_once() -> None:
     row = product("x.jpg", image={"width": 10, "num_bytes": 10**9, "format": "SVG"})
     assert merchant.unfit(row, "https://cdn.example/" + "x" * 2000) == [
-        "URL longer than 2000 characters", "format not allowed, or not known", "smaller than 500×500 pixels", "larger than 16 MB",
+        "URL longer than 2000 characters", "format not allowed, or not known", "smaller than 500 x 500 pixels", "larger than 16 MB",
     ]  # fmt: skip
 
 
-def test_what_the_tags_call_unfit_is_left_out() -> None:
-    slots = [
-        {"slot": "merchant_center_product", "eligible": False, "reasons": ["promotional text: 'SALE'"], "crop": None},
-        {"slot": "google_ads_square", "eligible": False, "reasons": ["too small"], "crop": None},
+def slot(name: str, eligible: bool, *reasons: str) -> dict[str, Any]:
+    return {"slot": name, "eligible": eligible, "reasons": list(reasons), "crop": None}
+
+
+def test_what_the_tags_call_unfit_is_left_out(tmp_path: Path) -> None:
+    report = tmp_path / "left_out.jsonl"
+    rows = [
+        product(
+            "a.jpg",
+            ad_slots=[
+                slot("google_ads_square", False, "too small"),
+                slot("merchant_center_product", True, "advised: ..."),
+            ],
+        ),
+        product(
+            "b.jpg",
+            ad_slots=[
+                slot("merchant_center_product", False, "promotional text: 'SALE'"),
+                slot("google_ads_square", True),
+            ],
+        ),
+        product("c.jpg", ad_slots=[slot("merchant_center_product", False)]),
+        product("d.jpg", ad_slots=None),
+        product(
+            "e.jpg",
+            ad_slots=[slot("merchant_center_apparel", False, "it has 200 x 200 pixels; at least 250 x 250 are needed")],
+        ),
     ]
-    assert merchant.unfit(product("a.jpg", ad_slots=slots), CDN) == ["promotional text: 'SALE'"]
-    assert merchant.unfit(product("a.jpg", ad_slots=[{**slots[0], "reasons": []}]), CDN) == [
-        "unfit for merchant_center_product"
+    with leaving_out(str(report), {}) as left_out:
+        merchant.write(rows, Target(str(tmp_path / "feed.xml"), Addresses(CDN, uri_prefix="/data/"), left_out), "sku")
+    assert items(tmp_path / "feed.xml") == {"A1": [f"{CDN}a.jpg", f"{CDN}d.jpg", f"{CDN}e.jpg"]}
+    assert left_out.counts == {"unfit for merchant_center_product by its tags": 2}
+    assert [json.loads(line)["reasons"][1:] for line in report.read_text().splitlines()] == [
+        ["promotional text: 'SALE'"],
+        ["not eligible"],
     ]
-    assert merchant.unfit(product("a.jpg", ad_slots=[{**slots[0], "eligible": True}]), CDN) == []
-    assert merchant.unfit(product("a.jpg", ad_slots=None), CDN) == []
 
 
 @pytest.mark.parametrize("sku", [None, "", "  ", True, 1.5, ["A"], {"a": 1}])

@@ -8,7 +8,7 @@ import pytest
 
 from tests.tagged_catalogs import image_row, tag_row, write_catalog
 from vlm_ops.delta_tables import live_parts, open_table
-from vlm_ops.exports.rows import ExportRow, LeftOut, NothingToExportError, RowSource, leaving_out
+from vlm_ops.exports.rows import OUTDATED, ExportRow, LeftOut, NothingToExportError, RowSource, leaving_out
 from vlm_ops.states import existing_state
 
 URIS = tuple(f"/data/{number}.jpg" for number in range(8))
@@ -44,7 +44,8 @@ def test_an_image_that_is_gone_is_left_out(tmp_path: Path) -> None:
     rows = source(tmp_path, [image_row(uri) for uri in URIS[:3]], [tag_row(uri) for uri in (*URIS[:2], *URIS[4:])])
     left_out = LeftOut()
     assert [row.uri for row in rows.rows(None, (), left_out)] == list(URIS[:2])
-    assert left_out.counts == {"not in the catalog any more": 4}
+    assert left_out.counts == {OUTDATED: 4}
+    assert rows.num_untagged(left_out) == 1
 
 
 @pytest.mark.parametrize(("review", "expected", "reasons"), [
