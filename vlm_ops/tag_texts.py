@@ -97,6 +97,8 @@ def write_texts(evidence: ImageEvidence, categories: Sequence[Category], languag
     if reason := decorative_reason(evidence, own.says_something):
         return _decorative(evidence, reason, language)
     generated = _generated(evidence)
+    if generated and not own.agrees_with(generated.text):
+        generated = None  # what a shop calls a thing is surer than what a model sees
     doubts: list[str] = []
     alt = _choose("alternative text", _alt_candidates(own, generated, evidence), text_rules.alt_text_violations, doubts)
     title = _choose("title", _title_candidates(own, generated, evidence), text_rules.title_violations, doubts)
@@ -113,8 +115,6 @@ def write_texts(evidence: ImageEvidence, categories: Sequence[Category], languag
     if not alt:
         alt_reason = NOTHING_USABLE if own.says_something or generated else NOTHING_KNOWN
         doubts.append(alt_reason)
-    if caption and generated and caption.source == generated.source and not own.agrees_with(generated.text):
-        doubts.append("the caption does not name what the source does")
     doubts += _doubts_of_generation(evidence, sources)
     if len(keywords) < text_rules.MIN_KEYWORDS:
         doubts.append(FEW_KEYWORDS)
@@ -241,12 +241,10 @@ def _alt_candidates(own: _OwnTexts, generated: _Candidate | None, evidence: Imag
         yield each._replace(text=_sentence(next(iter(sentences(each.text)), ""), limit))
     if text := _text_of_picture(evidence):
         yield _Candidate(f'Text: "{shorten(text, limit - 8)}"', GENERATED, "the text in the picture")
-    if generated and own.agrees_with(generated.text):
+    if generated:
         yield generated._replace(text=_sentence(generated.text, limit))
     if own.kind:
         yield _Candidate(_attributes(own), SOURCE_METADATA, "the source's kind")
-    if generated:
-        yield generated._replace(text=_sentence(generated.text, limit))
     if named := _named_by_label(evidence):
         yield named
     listed = [text for text, _ in zip(own.keywords, range(3), strict=False)]
@@ -263,12 +261,10 @@ def _title_candidates(own: _OwnTexts, generated: _Candidate | None, evidence: Im
         yield each._replace(text=_as_title(next(iter(sentences(each.text)), ""), limit))
     if text := _text_of_picture(evidence):
         yield _Candidate(shorten(text, limit), GENERATED, "the text in the picture")
-    if generated and own.agrees_with(generated.text):
+    if generated:
         yield generated._replace(text=_as_title(generated.text, limit))
     if own.kind:
         yield _Candidate(shorten(_attributes(own), limit), SOURCE_METADATA, "the source's kind")
-    if generated:
-        yield generated._replace(text=_as_title(generated.text, limit))
     if named := _named_by_label(evidence):
         yield named._replace(text=_as_title(named.text, limit))
 
@@ -322,9 +318,8 @@ def _keyword_candidates(
     own: _OwnTexts, generated: _Candidate | None, evidence: ImageEvidence, categories: Sequence[Category]
 ) -> Iterator[tuple[str, str]]:
     yield from ((each, SOURCE_METADATA) for each in own.keywords)
-    agreed = generated if generated and own.agrees_with(generated.text) else None
-    if own.kind and not own.color and agreed:
-        yield from ((each, agreed.source) for each in noun_phrases(agreed.text) if mentions(each, (own.kind,)))
+    if own.kind and not own.color and generated:
+        yield from ((each, generated.source) for each in noun_phrases(generated.text) if mentions(each, (own.kind,)))
     if own.kind:
         yield f"{own.color} {own.kind}".strip(), SOURCE_METADATA
         yield own.kind, SOURCE_METADATA
@@ -332,7 +327,7 @@ def _keyword_candidates(
         yield own.brand, SOURCE_METADATA
     yield from ((each, SOURCE_METADATA) for each in own.categories)
     titles = own.titles[: 0 if own.kind else 1]
-    texts: list[_Candidate | None] = [*own.alt, *own.captions[:_MAX_CAPTIONS], *titles, agreed]
+    texts: list[_Candidate | None] = [*own.alt, *own.captions[:_MAX_CAPTIONS], *titles, generated]
     yield from _named_in(texts[0])
     if not own.kind:
         yield from ((label.name, LABELS) for label in evidence.labels if label.score >= KEYWORD_LABEL_SCORE)
