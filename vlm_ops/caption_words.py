@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from vlm_ops.mentions import PEOPLE, words
-from vlm_ops.plain_text import BEFORE_A_PHRASE, INSIDE_A_PHRASE, is_doing, word_set
+from vlm_ops.plain_text import ADJECTIVES, BEFORE_A_PHRASE, INSIDE_A_PHRASE, is_doing, word_set
 
 _MAX_WORDS = 3
 _NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 # After these a word in -ing or -ed belongs to the thing: "a swimming pool", "a striped shirt".
 _OPENERS = word_set(
     f"a an the his her its their my our your some several many two this that these those another {_NUMBERS}"
+)
+# Behind these, what could be a verb is a thing: "near waves".
+_PREPOSITIONS = BEFORE_A_PHRASE - word_set(
+    "and as but down like off or out that through to until up where which while whilst who"
 )
 _NEVER = frozenset(
     BEFORE_A_PHRASE
@@ -30,7 +34,7 @@ _NEVER = frozenset(
         someone somebody anything anyone nothing everyone himself herself itself themselves whose all both either neither
         half few more most much less least lots about front side sides top bottom middle edge end background foreground
         distance midair mid-air closeup close-up group groups bunch couple pair lot number picture photo photograph image view scene shot
-        camera way part piece type kind sort thing things set side-by-side left right nearby upon among apparently"""
+        camera way part piece type kind sort thing things set side-by-side same left right nearby upon among apparently"""
     )
 )
 _VERBS = word_set(
@@ -46,20 +50,12 @@ _VERBS = word_set(
     navigate navigates observe observes open opens pass passes pause pauses peer peers perform performs pet pets pick picks play
     plays point points pose poses practice practices prepare prepares pretend pretends pull pulls push pushes put puts race raise
     raises reach reaches read reads ready relax relaxes rest rests retrieve retrieves ride rides roll rolls run runs sail sails
-    say says see sees seem seems sell sells show shows shake shakes share shares shoot shoots shop shops shovels sing sings sit sits
+    say says scale scales scratch scratches see sees seem seems sell sells show shows shake shakes share shares shoot shoots shop shops shovels sing sings sit sits
     skate skates ski skis skateboards sleep sleeps slide slides smile smiles smoke smokes sniff sniffs snowboards speak speaks spin
     spins splash splashes stand stands stare stares start starts stop stops stretch stretches stroll strolls surf surfs
     surround surrounds swim swims swing swings tackle tackles tied take takes talk talks taste tastes tend tends throw throws toss tosses
     touch touches trot trots try tries tug tugs turn turns use uses wade wades wait waits walk walks watch watches wave waves wear
     wears win wins work works wrestle wrestles write writes yell yells sat stood lit seen shown taken worn thrown"""
-)
-_ADJECTIVES = word_set(
-    """alone asleep bald bare barefoot beautiful beige big black blonde blond blue blurry bright brown calm chubby clear closed
-    clean cold colorful colourful curly cute dark deep different dirty dry elderly empty fancy fast few first full funny furry golden
-    good gray grassy great green grey happy hard heavy high huge hot icy large last late light little long low male female mad
-    many multicolored muddy naked narrow new nice old older orange pale pink plain pretty purple quick ready red rocky rough round
-    sandy same scenic second shallow shirtless short silly silver similar single skinny small smaller snowy soft steep strange sunny tall
-    tan thick thin third tiny upset various warm wet white wide wild wooden yellow young younger"""
 )
 _THINGS_IN_ED = word_set("breed speed steed tweed thoroughbred seaweed watershed bobsled moped hotbed")
 _ANY_DOING = word_set(
@@ -68,7 +64,7 @@ _ANY_DOING = word_set(
     starting surrounding taking trying turning using waiting watching wearing during nothing something anything
     everything according"""
 )
-_ENGLISH = frozenset((*BEFORE_A_PHRASE, *INSIDE_A_PHRASE, *_ADJECTIVES, *PEOPLE)) | word_set(
+_ENGLISH = frozenset((*BEFORE_A_PHRASE, *INSIDE_A_PHRASE, *ADJECTIVES, *PEOPLE)) | word_set(
     "is it not they we what you"
 )
 _SURELY_READ = 6
@@ -77,16 +73,16 @@ _SURELY_READ = 6
 def noun_phrases(caption: str) -> Iterator[str]:
     """Lower-case noun phrases of at most three words, in their order: `black dog`, `swimming pool`."""
     phrase: list[str] = []
-    opened = shared = False
+    opener, shared = "", False
     for word in (*_words(caption), "."):
-        modified = _is_modifier(phrase[-1]) if phrase else opened
-        if word not in _NEVER and word[0].isalpha() and (modified or not _is_verb(word)):
+        if _belongs(word, phrase, opener):
             phrase.append(word)
             continue
         shares = word in ("and", "or") and bool(phrase) and all(map(_is_modifier, phrase))  # "black and white dog"
         if phrase and not shares and _names_something(phrase[-1]):
             yield " ".join(_thing(phrase) if shared else phrase[-_MAX_WORDS:])
-        phrase, shared, opened = [], shares, word in _OPENERS
+        opener = "near" if (opener, word) == ("next", "to") else word
+        phrase, shared = [], shares
 
 
 def doings(caption: str) -> list[str]:
@@ -108,6 +104,21 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(words(text))
 
 
+def _belongs(word: str, phrase: list[str], opener: str) -> bool:
+    """Whether a word goes on with a phrase, which is empty at first; `opener` is the word before it."""
+    if word in _NEVER or not word[0].isalpha():
+        return False
+    if not phrase and opener == "to":
+        return False  # "tries to catch"
+    if not _is_verb(word):
+        return True
+    if word in _VERBS:
+        return (opener in _OPENERS and (not phrase or _is_modifier(phrase[-1]))) or (
+            not phrase and opener in _PREPOSITIONS
+        )
+    return _is_modifier(phrase[-1]) if phrase else opener in _OPENERS
+
+
 def _is_verb(word: str) -> bool:
     if word in _VERBS or is_doing(word):
         return True
@@ -115,7 +126,7 @@ def _is_verb(word: str) -> bool:
 
 
 def _is_modifier(word: str) -> bool:
-    return word in _ADJECTIVES or word.endswith(("'s", "s'"))
+    return word in ADJECTIVES or word.endswith(("'s", "s'"))
 
 
 def _names_something(word: str) -> bool:

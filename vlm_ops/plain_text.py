@@ -58,12 +58,22 @@ INSIDE_A_PHRASE = word_set(
     the their these this those very was were your
     """
 )
+ADJECTIVES = word_set(
+    """
+    alone asleep bald bare barefoot beautiful beige big black blonde blond blue blurry bright brown calm chubby
+    clear closed clean cold colorful colourful curly cute dark deep different dirty dry elderly empty fancy fast
+    few first full funny furry golden good gray grassy great green grey happy hard heavy high huge hot icy large
+    last late light little long low mad many multicolored muddy naked narrow new nice old older
+    orange pale pink plain pretty purple quick ready red rocky rough round sandy same scenic second shallow
+    shirtless short silly silver similar single skinny small smaller snowy soft steep strange sunny tall tan
+    thick thin third tiny upset various warm wet white wide wild wooden yellow young younger
+    """
+)
 # Words in -ing that are things, not doings.
 THINGS_IN_ING = word_set(
     """
-    awning building ceiling clothing crossing darling duckling dwelling earring evening icing king landing
-    lightning lining lodging morning opening painting parking pudding railing ring scaffolding setting sibling
-    sling spring stocking string swing thing topping turning wedding wing
+    awning building ceiling clothing darling duckling dwelling earring evening icing king lightning lodging
+    morning pudding railing ring scaffolding sibling sling spring stocking string swing thing wedding wing
     """
 )
 
@@ -181,7 +191,9 @@ def _ends_a_phrase(text: str, end: int) -> bool:
         return True
     following = text[end : end + 20].split(maxsplit=1)
     word = following[0].lower() if following else ""
-    return (word in BEFORE_A_PHRASE and word not in _BINDING) or is_doing(word)
+    if is_doing(word):
+        return text[:end].rpartition(" ")[2].lower() not in ADJECTIVES  # "with red lettering"
+    return word in BEFORE_A_PHRASE and word not in _BINDING
 
 
 def _leads_on(word: str) -> bool:

@@ -331,18 +331,23 @@ def _keyword_candidates(
     if own.brand:
         yield own.brand, SOURCE_METADATA
     yield from ((each, SOURCE_METADATA) for each in own.categories)
-    titles = () if own.kind else own.titles[:1]
-    for each in (*own.captions[:_MAX_CAPTIONS], *own.alt, *titles):
-        if reads_english(each.text):
-            yield from ((phrase, SOURCE_METADATA) for phrase in (*noun_phrases(each.text), *doings(each.text)))
-    if generated and own.agrees_with(generated.text):
-        yield from ((each, generated.source) for each in (*noun_phrases(generated.text), *doings(generated.text)))
+    titles = own.titles[: 0 if own.kind else 1]
+    texts: list[_Candidate | None] = [*own.alt, *own.captions[:_MAX_CAPTIONS], *titles, agreed]
+    yield from _named_in(texts[0])
     if not own.kind:
         yield from ((label.name, LABELS) for label in evidence.labels if label.score >= KEYWORD_LABEL_SCORE)
     for category in categories:
         if category.path and category.score >= KEYWORD_CATEGORY_SCORE:
             yield plain(category.path[-1]).replace(" & ", " and "), LABELS
+    for each in texts[1:]:
+        yield from _named_in(each)
     yield from ((each, SOURCE_METADATA) for each in (*own.details, *([] if own.kind else [own.color])))
+
+
+def _named_in(text: _Candidate | None) -> Iterator[tuple[str, str]]:
+    """Things and doings that an English text names."""
+    if text and reads_english(text.text):
+        yield from ((each, text.source) for each in (*noun_phrases(text.text), *doings(text.text)))
 
 
 def _choose(
@@ -483,7 +488,7 @@ def _field_name(name: str) -> str:
 def _name(value: Any) -> str:
     """A short value of metadata, such as a colour or a kind; hyphens and underscores of identifiers are spaces."""
     text = plain(value)
-    if not text or len(text) > text_rules.MAX_TITLE:
+    if not text or text_rules.title_violations(text):
         return ""
     return text.replace("_", " ") if text.count("-") < 2 else text.replace("_", " ").replace("-", " ")
 

@@ -33,6 +33,7 @@ _MIN_LINE_PROBABILITY = 0.5
 _GROWTH = 1.6  # the network marks the core of a line; this brings back the rest
 _MIN_SIDE = 3  # of a line's core, in pixels
 _LINE_HEIGHT, _LINE_WIDTH = 48, 320  # that the second network was trained on; longer lines are wider
+_WIDTH_STEP = 160
 _MAX_LINE_WIDTH = 3200
 _LINES_AT_ONCE = 6
 _MIN_LENGTH = 2  # of a text: most lone characters that are found in photos are no text
@@ -90,6 +91,9 @@ class TextReader:
     """Both networks. Safe to call from several threads."""
 
     def __init__(self, detector: Path, recogniser: Path) -> None:
+        import cv2
+
+        cv2.setNumThreads(1)  # batches are parallel already
         self._detector = OnnxEngine(detector)
         self._recogniser = OnnxEngine(recogniser)
         # As the package has it: blank first, the space last.
@@ -137,12 +141,15 @@ class TextReader:
     def _recognise(self, lines: Sequence[np.ndarray]) -> list[tuple[str, float]]:
         """Text and score of each line, an upright uint8[h, w, 3] of any size."""
         read: list[tuple[str, float]] = [("", 0.0)] * len(lines)
-        order = sorted(range(len(lines)), key=lambda i: lines[i].shape[1] / lines[i].shape[0])
-        for start in range(0, len(order), _LINES_AT_ONCE):
-            chunk = order[start : start + _LINES_AT_ONCE]
-            (probabilities,) = self._recogniser.run({"x": _of_one_width([lines[i] for i in chunk])})
-            for i, row in zip(chunk, probabilities, strict=True):
-                read[i] = self._spelled(row)
+        by_width: dict[int, list[int]] = {}
+        for i, line in enumerate(lines):
+            by_width.setdefault(_padded_width(line), []).append(i)
+        for width, members in by_width.items():
+            for start in range(0, len(members), _LINES_AT_ONCE):
+                chunk = members[start : start + _LINES_AT_ONCE]
+                (probabilities,) = self._recogniser.run({"x": _of_one_width([lines[i] for i in chunk], width)})
+                for i, row in zip(chunk, probabilities, strict=True):
+                    read[i] = self._spelled(row)
         return read
 
     def _spelled(self, probabilities: np.ndarray) -> tuple[str, float]:
@@ -270,12 +277,21 @@ def _straightened(bgr: np.ndarray, corners: np.ndarray) -> np.ndarray:
     return np.rot90(line) if height / width >= _UPRIGHT else line
 
 
-def _of_one_width(lines: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8[h, w, 3] each -> float32[n, 3, 48, width], zeros on the right of the shorter ones."""
+def _width(line: np.ndarray) -> int:
+    """Of uint8[h, w, 3] in the height of the second network."""
+    return min(_MAX_LINE_WIDTH, math.ceil(_LINE_HEIGHT * line.shape[1] / line.shape[0]))
+
+
+def _padded_width(line: np.ndarray) -> int:
+    """By the line alone, so that what is read of it does not depend on the others of its batch."""
+    return max(_LINE_WIDTH, -(-_width(line) // _WIDTH_STEP) * _WIDTH_STEP)
+
+
+def _of_one_width(lines: Sequence[np.ndarray], padded_width: int) -> np.ndarray:
+    """uint8[h, w, 3] each -> float32[n, 3, 48, padded_width], zeros on the right."""
     import cv2
 
-    widths = [min(_MAX_LINE_WIDTH, math.ceil(_LINE_HEIGHT * line.shape[1] / line.shape[0])) for line in lines]
-    batch = np.zeros((len(lines), 3, _LINE_HEIGHT, max(_LINE_WIDTH, *widths)), np.float32)
-    for row, line, width in zip(batch, lines, widths, strict=True):
-        row[:, :, :width] = _normalised(cv2.resize(np.ascontiguousarray(line), (width, _LINE_HEIGHT)))
+    batch = np.zeros((len(lines), 3, _LINE_HEIGHT, padded_width), np.float32)
+    for row, line in zip(batch, lines, strict=True):
+        row[:, :, : _width(line)] = _normalised(cv2.resize(np.ascontiguousarray(line), (_width(line), _LINE_HEIGHT)))
     return batch

@@ -18,6 +18,7 @@ import vlm_ops.tag_publishing
 from pipelines.cli import main
 from schemas.tags import TAGS
 from tests.conftest import encode, tar_bytes
+from tests.vlm_ops.test_text_writer import save_model
 from vlm_ops import text_rules
 
 TOY = "python:tests.toys"
@@ -357,6 +358,19 @@ def test_in_processes_the_same_comes_out(catalog: Catalog, monkeypatch: pytest.M
     assert {name: without(row, "run_id") for name, row in catalog.rows().items()} == {
         name: without(row, "run_id") for name, row in here.items()
     }
+
+
+def test_a_language_model_that_writes_nonsense_costs_nothing_but_time(catalog: Catalog, tmp_path: Path) -> None:
+    catalog.tag()
+    by_templates = catalog.rows()
+    spec = save_model(tmp_path / "model")
+    catalog.tag("--text_model", spec, "--device", "cpu")
+    rows = catalog.rows()
+    for name, row in rows.items():
+        assert row["title"] == by_templates[name]["title"]
+        assert "text_model" not in row["tag_source"].values()
+        assert row["tag_recipe_id"] != by_templates[name]["tag_recipe_id"]
+    assert "all 5 images of" in catalog.tag("--text_model", spec, "--device", "cpu")
 
 
 def test_the_log_names_the_images_that_were_tagged(catalog: Catalog) -> None:

@@ -109,6 +109,7 @@ def test_markup_that_never_closes_takes_no_time() -> None:
         ("Dr. Smith walks his large black dog in the park", 20, "Dr. Smith walks"),
         ("White dog with a ball in its mouth", 30, "White dog with a ball"),
         ("Man in a blue shirt looking at the camera", 30, "Man in a blue shirt"),
+        ("A large concrete wall with red lettering", 33, "A large concrete wall"),
         ("red, green, blue, yellow", 14, "red, green"),
         ("x" * 20, 10, ""),
         ("dog " + "x" * 20, 10, "dog"),

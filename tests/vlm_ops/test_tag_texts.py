@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_no_text_breaks_a_rule(evidence: ImageEvidence, categories: tuple[Catego
         assert not {unicodedata.category(char) for char in text} & {"Cc", "Cs", "Co", "Zl", "Zp"}
         assert not set("\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u200b\ufeff") & set(text)
     assert len(texts.alt_text) <= 125 and len(texts.title) <= 60 and len(texts.slug) <= 60 and len(texts.keywords) <= 10
-    assert "image of" not in texts.alt_text[:15].lower()
+    assert not re.match(r"(an? |the )?(image|picture|photo)s? of ", texts.alt_text, re.I)
     "".join(texts.doubts).encode()
 
 
@@ -270,6 +271,19 @@ def test_a_caption_that_agrees_with_the_source_is_used_and_one_that_does_not_is_
     assert differs.alt_text == "Yellow-Onion (onion)"
     assert differs.keywords == ("yellow-onion", "onion")
     assert "the caption does not name what the source does" in differs.doubts
+
+
+@pytest.mark.parametrize("label", ["3", "0017", "class_3.jpg", "x" * 61, "https://kinds.example"])
+def test_a_label_that_is_no_name_says_nothing(label: str) -> None:
+    assert generated("a dog and a ball in the snow", metadata={"label": label}) == generated(
+        "a dog and a ball in the snow"
+    )
+
+
+def test_categories_stand_behind_what_the_first_caption_names() -> None:
+    captions = ("A black dog on a beach .", "An animal and its ball near waves .")
+    texts = generated("a dog in the sand", source_captions=captions, categories=(Category("1", ("Pets",), 0.9),))
+    assert texts.keywords == ("black dog", "beach", "pets", "animal", "ball", "waves", "sand")
 
 
 def test_an_unsure_caption_is_doubted() -> None:

@@ -71,6 +71,18 @@ def test_pictures_of_several_shapes_share_a_batch(op) -> None:
     assert texts == [["first"], [], ["third one"], []]
 
 
+def test_what_is_read_does_not_depend_on_the_batch(op) -> None:
+    pictures = [banner.picture for banner in banners(4, seed=1)]
+    together = read(op, *pictures)
+    alone = [read(op, picture) for picture in pictures]
+    assert [[line["text"] for line in row] for row in together["texts"]] == [
+        [line["text"] for line in row["texts"][0]] for row in alone
+    ]
+    scores = [line["score"] for row in together["texts"] for line in row]
+    assert scores == pytest.approx([line["score"] for row in alone for line in row["texts"][0]], abs=1e-4)
+    assert together["text_share"] == [row["text_share"][0] for row in alone]
+
+
 def test_an_empty_batch(op) -> None:
     empty = op(batch_of([], [op]))
     assert {name: (array.type, len(array)) for name, array in empty.items()} == {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from vlm_ops.delta_tables import LivePart, read_columns
 NEEDS_REVIEW = "needs review"
 OUTDATED = "changed or gone since it was tagged"
 _BATCH_SIZE = 1024
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,12 @@ class ExportRow:
     @cached_property
     def metadata(self) -> Mapping[str, Any]:
         """What came with the image; empty where nothing did."""
+        text = self.image.get("source_metadata") or "{}"
         try:
-            value = json.loads(self.image.get("source_metadata") or "{}")
-        except ValueError:
+            value = json.loads(text)
+            if _SURROGATE.search(text):  # half a character, which nothing can be written with
+                value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        except (ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
 

@@ -76,6 +76,15 @@ def test_metadata_that_is_no_object_says_nothing(metadata: str | None) -> None:
     assert ExportRow(tag_row("/a.jpg"), image_row("/a.jpg", metadata)).metadata == {}
 
 
+def test_metadata_that_would_break_what_is_written() -> None:
+    half, whole = r'{"sku": "a\ud800b", "page": "\ud83d\ude00"}', {"sku": "a?b", "page": "😀"}
+    assert ExportRow(tag_row("/a.jpg"), image_row("/a.jpg", half)).metadata == whole
+    deep = "[" * 100_000
+    assert ExportRow(tag_row("/a.jpg"), image_row("/a.jpg", f'{{"sku": {deep}')).metadata == {}
+    digits = "9" * 5_000
+    assert ExportRow(tag_row("/a.jpg"), image_row("/a.jpg", f'{{"sku": {digits}}}')).metadata == {}
+
+
 def test_what_is_left_out_is_written_with_its_reasons(tmp_path: Path) -> None:
     path = tmp_path / "left_out.jsonl"
     with leaving_out(str(path), {}) as left_out:
