@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urljoin
 
 from schemas.recipes import (
+    DEFAULT_MAX_CATEGORIES,
     DEFAULT_MAX_IMAGE_BYTES,
     DEFAULT_MAX_IMAGE_PIXELS,
+    DEFAULT_MIN_SCORE,
     DEFAULT_MODEL,
     DEFAULT_OPS,
+    DEFAULT_TAXONOMY,
     OP_GROUPS,
     OpSpec,
     Recipe,
 )
 from schemas.samples import FILES_PER_SHARD, INPUT_FORMATS
-from schemas.tags import DEFAULT_MAX_CATEGORIES, DEFAULT_MIN_SCORE, DEFAULT_TAXONOMY
 
 if TYPE_CHECKING:
     from vlm_ops.inputs import InputConfig

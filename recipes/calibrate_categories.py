@@ -20,7 +20,8 @@ import pyarrow as pa
 import yaml
 
 from schemas.catalog import CatalogLayout
-from schemas.tags import DEFAULT_TAXONOMY, ImageEvidence
+from schemas.recipes import DEFAULT_TAXONOMY
+from schemas.tags import ImageEvidence
 from vlm_ops.categories import calibrate
 from vlm_ops.delta_tables import live_parts, open_table, read_columns
 from vlm_ops.image_evidence import columns_needed, embeddings_of, evidence_of

@@ -17,6 +17,11 @@ DEFAULT_MODEL = "compact"
 DEFAULT_MAX_IMAGE_BYTES = 100_000_000
 DEFAULT_MAX_IMAGE_PIXELS = 200_000_000
 
+# Of tagging.
+DEFAULT_TAXONOMY = "iab-content-3.1"
+DEFAULT_MAX_CATEGORIES = 5
+DEFAULT_MIN_SCORE = 0.35
+
 
 @dataclass(frozen=True)
 class OpSpec:

@@ -157,10 +157,6 @@ class AdSlot:
     crop: Box | None = None
 
 
-DEFAULT_TAXONOMY = "iab-content-3.1"
-DEFAULT_MAX_CATEGORIES = 5
-DEFAULT_MIN_SCORE = 0.35
-
 # Raised when a rule of ours changes, so that all rows are made anew.
 TAG_VERSION = 1
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from schemas.tags import DEFAULT_MAX_CATEGORIES, DEFAULT_MIN_SCORE, Category, ImageEvidence
+from schemas.recipes import DEFAULT_MAX_CATEGORIES, DEFAULT_MIN_SCORE
+from schemas.tags import Category, ImageEvidence
 from schemas.taxonomy import Node, Taxonomy
 from vlm_ops.category_calibration import CategoryCalibration, fit
 from vlm_ops.models import TextModel, describe_model, load_text_model, require_text_side

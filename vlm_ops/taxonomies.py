@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from schemas.tags import DEFAULT_TAXONOMY
+from schemas.recipes import DEFAULT_TAXONOMY
 from schemas.taxonomy import Entry, FileError, Taxonomy, invalid, parse_google, parse_iab, taxonomy_of
 from vlm_ops import storage
 
