@@ -11,9 +11,11 @@ from typing import Any, cast
 import imagehash
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
 from schemas.tables import op_columns
+from vlm_ops.images import preprocess
 from vlm_ops.ops import ImageBatch, type_of
 from vlm_ops.preprocessing import THUMBNAIL, Preprocessing
 
@@ -67,16 +69,14 @@ class QualityOp:
     name = "quality"
     capability = None
     columns = op_columns("quality")
-    preprocessing = THUMBNAIL
-    also_wants = (PIXELS,)
+    preprocessing = PIXELS
 
     def __init__(self, model: object = None) -> None: ...
 
     def __call__(self, batch: ImageBatch) -> dict[str, pa.Array]:
-        thumbnails = [
-            Image.fromarray(pixels) for pixels in (batch.pixels[THUMBNAIL].transpose(0, 2, 3, 1) if len(batch) else ())
-        ]
-        qualities = [measure(picture) for picture in batch.contents(PIXELS)]
+        pictures = batch.contents(PIXELS)
+        thumbnails = [_thumbnail(picture) for picture in pictures]
+        qualities = [measure(picture) for picture in pictures]
         return {
             "width": pa.array([image.width for image in batch.facts], pa.int32()),
             "height": pa.array([image.height for image in batch.facts], pa.int32()),
@@ -102,6 +102,11 @@ def measure(picture: np.ndarray) -> Quality:
         plain_background=plain,
         border=_border(luminance),
     )
+
+
+def _thumbnail(picture: np.ndarray) -> Image.Image:
+    pixels = preprocess(torch.from_numpy(np.ascontiguousarray(picture)), THUMBNAIL)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def dominant_colors(picture: Image.Image, num_colors: int = NUM_COLORS) -> list[dict[str, Any]]:
