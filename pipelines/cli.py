@@ -15,13 +15,13 @@ COMMANDS = {
     "history": "list the runs that changed a catalog",
     "rollback": "take table and index back to what they were after a run",
     "clean": "delete what no kept state of a catalog needs",
-    "tag": "say of every image what pages, feeds and ad servers ask for",
     "index": "make a new index from the catalog's table",
+    "tag": "say of every image what pages, feeds and ad servers ask for",
     "search": "find images by text or by image",
+    "export": "write the tags for a shop, a CMS or a search engine",
     "score": "say how likely captions describe their images",
     "evaluate": "measure a model on images with captions or labels",
     "train": "train a model on images with captions",
-    "export": "write the tags for a shop, a CMS or a search engine",
     "inspect": "say what is in a catalog",
 }
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
