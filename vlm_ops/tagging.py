@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import threading
@@ -172,6 +173,8 @@ class TaggerProcesses:
     """A tagger in processes of its own: its rules are Python's work, of which the threads of a process share one core."""
 
     def __init__(self, config: TagConfig) -> None:
+        # There is a process for each core; threads of numpy's would only compete. Processes inherit it at their start.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._pool = ProcessPoolExecutor(config.num_processes, get_context("spawn"), _load, (config,))
         weakref.finalize(self, self._pool.shutdown, wait=False)
 
@@ -192,7 +195,9 @@ def _load(config: TagConfig) -> None:
     global _tagger
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     _tagger = Tagger(config)
-    gc.freeze()  # what was loaded stays; looking through it again and again would take a quarter of the time
+    # What was loaded stays; looking through it again and again would take a quarter of the time.
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 def _tag(work: TagWork) -> TagSummary:
