@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig, Vocabulary, split_words
+from vlm_ops.models.caption_decoder import _COLOR_WEIGHT, CaptionDecoder, DecoderConfig, Vocabulary, split_words
 from vlm_ops.models.decoder_engine import DecoderEngine
 
 WORDS = ("a", "dog", "runs")
@@ -151,7 +151,7 @@ def test_colours_say_which_colour_and_not_whether_one() -> None:
         others = [word for word in range(len(model.vocabulary)) if word not in (blue, red)]
         torch.testing.assert_close(colored[..., others], plain[..., others])
         torch.testing.assert_close(colored.sum(2), torch.ones(3, 4))
-        ratio = plain[..., red] / plain[..., blue] * (seen[:, 1] - seen[:, 0]).exp()[:, None] ** 2
+        ratio = plain[..., red] / plain[..., blue] * (seen[:, 1] - seen[:, 0]).exp()[:, None] ** _COLOR_WEIGHT
         torch.testing.assert_close(colored[..., red] / colored[..., blue], ratio, rtol=1e-4, atol=0)
         expected = colored.log().gather(2, ids[:, 0, 1:, None])[..., 0] * (ids[:, 0, 1:] != Vocabulary.PAD)
         torch.testing.assert_close(model.log_probs(images, ids)[:, 0], expected.sum(1))
