@@ -38,6 +38,8 @@ _COLOR_WORDS = frozenset({
 # How much they count, beside the sentence so far, when a colour is chosen. A writer that has seen few things of a colour
 # believes that it knows what colour each is.
 _COLOR_WEIGHT = 3.5
+# Letters that a word may have to be said twice: "a" and "red" may, "grass" and "beach" only by a writer that has lost its way.
+_REPEATABLE_LETTERS = 3
 _LEAST_SHARE = 1e-3  # of a colour; less is not told from none
 _WORD_SIZE = 0.04  # standard deviation of a word's numbers at the start
 
@@ -144,6 +146,12 @@ class CaptionDecoder(Standardised):
         self.color_ids: torch.Tensor
         self.color_rows: torch.Tensor
         self.register_buffer("color_ids", torch.tensor(color_ids, dtype=torch.long), persistent=False)
+        self.repeating: torch.Tensor
+        repeating = [
+            0.0 if len(word) <= _REPEATABLE_LETTERS or word in Vocabulary.SPECIAL else -torch.inf
+            for word in self.vocabulary.words
+        ]
+        self.register_buffer("repeating", torch.tensor(repeating), persistent=False)
         rows = F.one_hot(self.color_ids, len(self.vocabulary)).float()
         self.register_buffer("color_rows", rows, persistent=False)
         self.encoder = nn.ModuleList(
@@ -303,7 +311,7 @@ class CaptionDecoder(Standardised):
 
     def search(self, step: Step, read: Read, num_beams: int) -> list[list[Hypothesis]]:
         """Beam search over all images at once. A sentence that has ended stays in its beam, and competes by its score with
-        those that go on.
+        those that go on. None says a longer word twice.
 
         Args:
             step: As `self.step`.
@@ -320,6 +328,7 @@ class CaptionDecoder(Standardised):
         totals, lengths = torch.zeros(n, 1, device=device), torch.zeros(n, 1, device=device)
         for position in range(config.max_words + 1):
             log_probs, past = step(read, past, words[:, :, -1], torch.tensor([position], device=device))
+            log_probs.scatter_add_(2, words, self.repeating[words])
             log_probs[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
             if position == config.max_words:  # no room for another word
                 log_probs[:, :, v.END + 1 :] = -torch.inf
