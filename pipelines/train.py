@@ -257,6 +257,7 @@ def train_captioner(options: TrainOptions, data: CaptionedImages, validation: Ca
         parts = {"writer": trained.writer, **_finetuned(trained)}
         sentences = best_sentences(trained, validation, options.num_beams, device)
         log_probs = np.array([each.log_prob for each in sentences])
+        description["usual_log_prob"] = float(log_probs.mean())
         if people := fit_people(data, validation, log_probs) if "features" in data.images else None:
             parts["people"] = people
         description["knows_people"] = people is not None

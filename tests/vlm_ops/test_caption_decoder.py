@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 
-from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig, Vocabulary, split_words
+from vlm_ops.models.caption_decoder import _COLOR_WEIGHT, CaptionDecoder, DecoderConfig, Vocabulary, split_words
 from vlm_ops.models.decoder_engine import DecoderEngine
 
 WORDS = ("a", "dog", "runs")
+RUNS = 6  # the number of the one word that is too long to be said twice
 
 
 COLORED = ("a", "blue", "dog", "red", "runs")
@@ -49,7 +50,10 @@ def score_of(model: CaptionDecoder, images: dict[str, torch.Tensor], row: int, i
 def test_beams_as_wide_as_the_language_find_its_best_sentences(seed: int) -> None:
     model, images = decoder(max_words=3, seed=seed), inputs()
     sentences = [
-        [*words, Vocabulary.END] for length in range(4) for words in itertools.product((4, 5, 6), repeat=length)
+        [*words, Vocabulary.END]
+        for length in range(4)
+        for words in itertools.product((4, 5, 6), repeat=length)
+        if words.count(RUNS) < 2
     ]
     written = model.write(images, num_beams=60)
     for row in range(3):
@@ -68,8 +72,18 @@ def test_one_beam_is_greedy() -> None:
         while len(ids) <= 6 and ids[-1] != Vocabulary.END:
             logits = model(one, torch.tensor([[ids]]))[0, 0, -1]
             logits[[Vocabulary.PAD, Vocabulary.BEGIN, Vocabulary.UNKNOWN]] = -torch.inf
+            logits[RUNS] = -torch.inf if RUNS in ids else logits[RUNS]
             ids.append(int(logits.argmax()))
         assert hypotheses[0].text == model.vocabulary.decode(ids[1:])
+
+
+def test_no_longer_word_is_said_twice() -> None:
+    model, images = decoder(max_words=6), inputs(20)
+    with torch.no_grad():
+        model.bias[4:] += 5.0  # the sentences go on and on
+    words = [each.text.split() for hypotheses in model.write(images, num_beams=4) for each in hypotheses]
+    assert max(each.count("runs") for each in words) == 1
+    assert max(each.count("dog") for each in words) > 1
 
 
 def test_an_image_is_described_alike_alone_and_in_a_batch() -> None:
@@ -151,7 +165,7 @@ def test_colours_say_which_colour_and_not_whether_one() -> None:
         others = [word for word in range(len(model.vocabulary)) if word not in (blue, red)]
         torch.testing.assert_close(colored[..., others], plain[..., others])
         torch.testing.assert_close(colored.sum(2), torch.ones(3, 4))
-        ratio = plain[..., red] / plain[..., blue] * (seen[:, 1] - seen[:, 0]).exp()[:, None] ** 2
+        ratio = plain[..., red] / plain[..., blue] * (seen[:, 1] - seen[:, 0]).exp()[:, None] ** _COLOR_WEIGHT
         torch.testing.assert_close(colored[..., red] / colored[..., blue], ratio, rtol=1e-4, atol=0)
         expected = colored.log().gather(2, ids[:, 0, 1:, None])[..., 0] * (ids[:, 0, 1:] != Vocabulary.PAD)
         torch.testing.assert_close(model.log_probs(images, ids)[:, 0], expected.sum(1))

@@ -37,7 +37,9 @@ _COLOR_WORDS = frozenset({
 })  # fmt: skip
 # How much they count, beside the sentence so far, when a colour is chosen. A writer that has seen few things of a colour
 # believes that it knows what colour each is.
-_COLOR_WEIGHT = 2.0
+_COLOR_WEIGHT = 3.5
+# Letters that a word may have to be said twice: "a" and "red" may, "grass" and "beach" only by a writer that has lost its way.
+_REPEATABLE_LETTERS = 3
 _LEAST_SHARE = 1e-3  # of a colour; less is not told from none
 _WORD_SIZE = 0.04  # standard deviation of a word's numbers at the start
 
@@ -144,6 +146,12 @@ class CaptionDecoder(Standardised):
         self.color_ids: torch.Tensor
         self.color_rows: torch.Tensor
         self.register_buffer("color_ids", torch.tensor(color_ids, dtype=torch.long), persistent=False)
+        self.repeating: torch.Tensor
+        repeating = [
+            0.0 if len(word) <= _REPEATABLE_LETTERS or word in Vocabulary.SPECIAL else -torch.inf
+            for word in self.vocabulary.words
+        ]
+        self.register_buffer("repeating", torch.tensor(repeating), persistent=False)
         rows = F.one_hot(self.color_ids, len(self.vocabulary)).float()
         self.register_buffer("color_rows", rows, persistent=False)
         self.encoder = nn.ModuleList(
@@ -289,10 +297,12 @@ class CaptionDecoder(Standardised):
     def _with_colors(self, log_probs: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [..., vocabulary] of words after those of the colours [..., number of colours] have had their say
         about which colour is named, not about whether one is."""
-        own = log_probs[..., self.color_ids]
+        return log_probs + self._gained_by_colors(log_probs[..., self.color_ids], seen) @ self.color_rows
+
+    def _gained_by_colors(self, own: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """What that adds to the log-probabilities of the colour words, `own` [..., number of colours]."""
         weighed = own + _COLOR_WEIGHT * seen
-        weighed = weighed + own.logsumexp(-1, keepdim=True) - weighed.logsumexp(-1, keepdim=True)
-        return log_probs + (weighed - own) @ self.color_rows
+        return weighed + own.logsumexp(-1, keepdim=True) - weighed.logsumexp(-1, keepdim=True) - own
 
     @torch.inference_mode()
     def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int = 5) -> list[list[Hypothesis]]:
@@ -301,7 +311,7 @@ class CaptionDecoder(Standardised):
 
     def search(self, step: Step, read: Read, num_beams: int) -> list[list[Hypothesis]]:
         """Beam search over all images at once. A sentence that has ended stays in its beam, and competes by its score with
-        those that go on.
+        those that go on. None says a longer word twice.
 
         Args:
             step: As `self.step`.
@@ -318,6 +328,7 @@ class CaptionDecoder(Standardised):
         totals, lengths = torch.zeros(n, 1, device=device), torch.zeros(n, 1, device=device)
         for position in range(config.max_words + 1):
             log_probs, past = step(read, past, words[:, :, -1], torch.tensor([position], device=device))
+            log_probs.scatter_add_(2, words, self.repeating[words])
             log_probs[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
             if position == config.max_words:  # no room for another word
                 log_probs[:, :, v.END + 1 :] = -torch.inf
@@ -360,11 +371,15 @@ class CaptionDecoder(Standardised):
 
     def log_probs(self, inputs: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         """float32[n, c]: log-probability of each sentence int64[n, c, t] with begin and end, padded."""
-        log_probs = F.log_softmax(self(inputs, ids[:, :, :-1]).float(), dim=-1)
+        logits, targets = self(inputs, ids[:, :, :-1]).float(), ids[:, :, 1:]
+        totals = logits.logsumexp(dim=3, keepdim=True)
+        log_probs = (logits.gather(3, targets[..., None]) - totals)[..., 0]
         if self.color_namer is not None:
-            log_probs = self._with_colors(log_probs, self._seen_colors(inputs["grid"])[:, None, None])
-        targets = ids[:, :, 1:]
-        return (log_probs.gather(3, targets[..., None])[..., 0] * (targets != Vocabulary.PAD)).sum(2)
+            gained = self._gained_by_colors(
+                logits[..., self.color_ids] - totals, self._seen_colors(inputs["grid"])[:, None, None]
+            )
+            log_probs = log_probs + (gained * (targets[..., None] == self.color_ids)).sum(3)
+        return (log_probs * (targets != Vocabulary.PAD)).sum(2)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(self.norm(hidden), self.embedding.weight, self.bias)

@@ -2,8 +2,9 @@
 
 Where the base aligns images and texts, it has the last word: the sentence is the best, by its judgement, of the first
 that the writer has found, unless "a photo of a {class}" for one of the likeliest classes fits better by a margin. Away
-from the scenes of its training a writer tells of what it knows; a plain class name is then nearer the truth. A sentence
-that names people counts only where the features show some, and the more easily the surer the writer is of it.
+from the scenes of its training a writer tells of what it knows; a plain class name is then nearer the truth. It also writes
+hesitantly there, so that the margin is the larger the surer it is. A sentence that names people counts only where the
+features show some, and the more easily the surer the writer is of it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from vlm_ops.models.captioner import Hypothesis
 
 _LABELS = 3  # of the likeliest classes, how many speak
+# By how much a class sentence must fit better, for each unit of log-probability that the writer is surer than usual.
+_MARGIN_OF_SURENESS = 0.2
 
 
 def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
@@ -94,6 +97,7 @@ class _Judge:
     def __init__(self, base: CosineMatcher, directory: ModelDirectory) -> None:
         self._base = base
         self._margin = directory.config["label_margin"]
+        self._usual_log_prob = directory.config["usual_log_prob"]
         self._num_judged = directory.config["num_judged"]
         self._sentences = [class_sentence(name) for name in base.label_names]
         self._label_sentences = frozenset(self._sentences)
@@ -104,6 +108,7 @@ class _Judge:
         # Encoding a sentence costs as much as writing it, so the last beams are not asked.
         asked = [hypotheses[: self._num_judged] for hypotheses in self._without_invented_people(encoding, written)]
         texts = [each.text for hypotheses in asked for each in hypotheses]
+        surer = [each.log_prob - self._usual_log_prob for hypotheses in asked for each in hypotheses]
         rows = [row for row, hypotheses in enumerate(asked) for _ in hypotheses]
         cosines = self._base.cosines(encoding, rows, texts)
         captions = []
@@ -112,7 +117,9 @@ class _Judge:
             start, end = end, end + len(hypotheses)
             best = max(range(start, end), key=lambda i: cosines[i], default=-1)
             label = self._best_label(encoding, row)
-            if label is not None and (best < 0 or label[1] - self._margin > cosines[best]):
+            if label is not None and (
+                best < 0 or label[1] - cosines[best] > self._margin + _MARGIN_OF_SURENESS * surer[best]
+            ):
                 captions.append(Caption(self._sentences[label[0]], "labels", self._score(label[1])))
             else:
                 # The writer has learnt such sentences from pseudo-images, and may write one by itself.

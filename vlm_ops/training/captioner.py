@@ -18,6 +18,9 @@ from vlm_ops.training.pseudo_images import PseudoImages
 from vlm_ops.training.rewards import CaptionReward
 
 _CHUNK = 64
+# Of the captions that most images have. With fewer, such as a product's two short sentences, CIDEr-D is ten or none, and
+# an image is learnt by likelihood alone.
+_SHARE_OF_CAPTIONS = 0.5
 _LEAST_SPREAD = 0.1  # of CIDEr-D over an image's sentences; below it, their differences are noise
 _MEAN_LENGTH = 10.0  # words; puts the loss of whole sentences on the scale of that of words
 
@@ -73,6 +76,8 @@ class CaptionerTask:
                     "--objective cider is for the compact writer; train this one with --objective likelihood"
                 )
             self._reward = CaptionReward(data)
+            counts = np.array([len(each) for each in data.captions])
+            self._is_compared = counts >= _SHARE_OF_CAPTIONS * np.median(counts)
 
     def num_images(self) -> int:
         return len(self._data)
@@ -114,13 +119,17 @@ class CaptionerTask:
         Cornia et al. do ("Meshed-Memory Transformer for Image Captioning", CVPR 2020): words drawn at random come from
         the tail that label smoothing leaves, and teach to avoid what is never written anyway."""
         writer, count = self.module.writer, self._config.self_critical_beams
+        rows = np.flatnonzero(self._is_compared[images])
+        if not len(rows):
+            return torch.zeros(())
+        seen, images = {name: values[rows] for name, values in seen.items()}, images[rows]
         writer.eval()
         found = [[each.text for each in hypotheses] for hypotheses in writer.write(seen, count)]
         writer.train()
         texts = [(each * count)[:count] for each in found]  # a small language may have fewer sentences
         scores = self._reward([text for each in texts for text in each], np.repeat(images, count).tolist())
         rewards = torch.from_numpy(scores.reshape(len(images), count)).float()
-        # A product's short sentence is right or wrong, and CIDEr-D ten or none: unscaled, products alone would count.
+        # Unscaled, the images would count for more the more their captions have in common.
         spread = rewards.std(1, keepdim=True, correction=0) + _LEAST_SPREAD
         log_probs = writer.log_probs(seen, writer.encode(texts))
         advantage = ((rewards - rewards.mean(1, keepdim=True)) / spread).to(log_probs)

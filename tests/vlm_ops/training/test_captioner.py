@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,15 @@ def test_cider_makes_its_own_sentences_better() -> None:
             optimizer.step()
         scores.append(task.validate(model.eval()))
     assert scores[1] > 1.5 * scores[0] > 0
+
+
+def test_cider_is_of_images_with_as_many_captions_as_most() -> None:
+    data = images()
+    few = replace(data, captions=[[*rows, 4] if number < 9 else [4] for number, rows in enumerate(data.captions)])
+    task = CaptionerTask(captioner(), few, few, CaptioningConfig(objective="cider", likelihood_weight=0.0))
+    rng = np.random.default_rng(0)
+    assert task.loss(np.arange(9, 12), rng).item() == 0
+    assert task.loss(np.arange(12), rng).item() == pytest.approx(task.loss(np.arange(9), rng).item()) != 0
 
 
 def test_sentences_of_equal_reward_teach_nothing() -> None:
