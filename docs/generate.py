@@ -77,7 +77,7 @@ def _sentence(text: str) -> str:
 
 
 def _linked(source: str) -> str:
-    links = [f"[{url.split('/')[2]}]({url})" for url in source.split() if url.startswith("http")]
+    links = [f"[{url.split('/')[2]}]({url})" for url in source.replace(",", " ").split() if url.startswith("http")]
     return ", ".join(links)
 
 

@@ -67,7 +67,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         if os.environ.get("BEAMSIGHT_DEBUG"):
             raise
-        return _report(command, f"error: {_message(error)}", EXIT_USER_ERROR)
+        return _report(command, f"error: {_message(error, is_whole=True)}", EXIT_USER_ERROR)
     except Exception as error:
         if os.environ.get("BEAMSIGHT_DEBUG"):
             raise
@@ -87,15 +87,18 @@ def entry_point() -> None:
     sys.exit(code)
 
 
-def _message(error: BaseException) -> str:
-    """What went wrong. Beam wraps a worker's error into its traceback, whose last line says it."""
+def _message(error: BaseException, is_whole: bool = False) -> str:
+    """What went wrong: its first line, or all of them where each says something of its own. Beam wraps a worker's error
+    into its traceback, whose last line says it."""
     # Delta tells causes on lines of their own, in colours, each below an arrow.
     text = re.sub(r"\s*\[while running [^\n]*\]\s*$", "", re.sub(r"\x1b\[[0-9;]*m", "", str(error)))
     text = re.sub(r"\s*\n\s*↳\s*", ": ", text)
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return lines[-1].removeprefix("RuntimeError: ") if lines[0].startswith("Traceback") else lines[0]
+    if lines[0].startswith("Traceback"):
+        return lines[-1].removeprefix("RuntimeError: ")
+    return "\n".join(lines) if is_whole else lines[0]
 
 
 def _report(command: str, message: str, code: int) -> int:

@@ -39,7 +39,7 @@ from vlm_ops.ops import check_installed
 from vlm_ops.run_manifests import new_run_id
 from vlm_ops.states import existing_state
 from vlm_ops.suitability import suitability_rules, topic_embeddings
-from vlm_ops.tag_parts import TagPlan, finished, plan_tags
+from vlm_ops.tag_parts import TagPlan, finished, num_unknown, plan_tags
 from vlm_ops.tag_publishing import TagPublishConfig
 from vlm_ops.tag_report import write_tag_report
 from vlm_ops.tag_states import existing_tags, tag_state
@@ -70,7 +70,7 @@ def run(options: TagOptions) -> int:
     config = _config(options, catalog, taxonomy, calibration, recipe)
     plan = plan_tags(state.images, tags.parts, config.recipe, digest(config.run_id)[:8] if options.all else "")
     if options.dry_run:
-        print(_forecast(plan, catalog))
+        print(_forecast(plan, catalog, storage_options))
         return 0
     is_current = not plan.work and tags.record is not None and set(plan.kept) == set(tags.parts)
     if is_current:
@@ -259,12 +259,11 @@ def _summary(catalog: CatalogLayout, config: TagConfig, images: Sequence[LivePar
     )
 
 
-def _forecast(plan: TagPlan, catalog: CatalogLayout) -> str:
+def _forecast(plan: TagPlan, catalog: CatalogLayout, storage_options: storage.StorageOptions) -> str:
     """What a run would do."""
-    num_new = sum(work.num_rows for work in plan.work)
-    at_hand = sum(work.num_rows for work in plan.work if work.earlier)
-    known = f" ({at_hand} of them in parts that are tagged in part)" if at_hand else ""
-    return f"{catalog.root}: would tag up to {num_new} images{known}, {sum(part.num_rows for part in plan.kept)} stay as they are"
+    num_tagged = sum(num_unknown(catalog, work, storage_options) for work in plan.work)
+    num_images = sum(each.num_rows for each in (*plan.work, *plan.kept))
+    return f"{catalog.root}: would tag {num_tagged} images, {num_images - num_tagged} would stay as they are"
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def _judge(slot: SlotFormat, evidence: ImageEvidence, promotional: tuple[str, ..
     faults += _faults_of_content(slot, evidence, crop, promotional)
     if faults:
         return AdSlot(slot.name, False, tuple(faults))
-    return AdSlot(slot.name, True, (*notes, *_advice(slot, evidence, whole, crop)), crop)
+    return AdSlot(slot.name, True, (*notes, *_advice(slot, evidence, whole, crop, minimum)), crop)
 
 
 def _faults_of_size(slot: SlotFormat, whole: Size, crop: Box | None, minimum: Size) -> Iterator[str]:
@@ -194,12 +194,15 @@ def _faults_of_content(
         yield f"its crop for {slot.aspect} cuts {lost} of {len(evidence.faces or ())} faces"
 
 
-def _advice(slot: SlotFormat, evidence: ImageEvidence, whole: Size, crop: Box | None) -> Iterator[str]:
+def _advice(slot: SlotFormat, evidence: ImageEvidence, whole: Size, crop: Box | None, minimum: Size) -> Iterator[str]:
     size = _pixels(whole, crop)
     if evidence.texts is None and (slot.refuses_promotional_text or evidence.text_share is None):
         yield "text in it was not looked for (--ops ocr)"
     if crop is not None and (evidence.border or 0.0) >= _LEAST_BORDER:
         yield f"{evidence.border:.0%} of the image is a border, of which the crop may hold some"
+    for since, coming in slot.minimums:
+        if coming.width > minimum.width and (size.width < coming.width or size.height < coming.height):
+            yield f"from {since:%d %B %Y} on at least {coming} are needed; it has {size}"
     if size.width < slot.recommended.width or size.height < slot.recommended.height:
         yield f"advised: {slot.recommended} pixels or more; it has {size}"
     if slot.wants_plain_background and evidence.plain_background is not None and evidence.plain_background < _PLAIN:

@@ -19,7 +19,7 @@ EVIDENCE_COLUMNS = (
     "quality_parts",
 )  # fmt: skip
 # What decides the others: the ops give equal images equal rows.
-_ROW_COLUMNS = ("uri", "key", "content_sha256", "recipe_id", "source_captions", "source_metadata")
+ROW_COLUMNS = ("uri", "key", "content_sha256", "recipe_id", "source_captions", "source_metadata")
 
 
 def evidence_of(rows: pa.RecordBatch) -> list[ImageEvidence]:
@@ -29,7 +29,7 @@ def evidence_of(rows: pa.RecordBatch) -> list[ImageEvidence]:
 
 def row_hashes(rows: pa.RecordBatch) -> list[str]:
     """16 hex digits a row, of what decides all of its columns."""
-    columns = [rows.column(name).to_pylist() for name in _ROW_COLUMNS]
+    columns = [rows.column(name).to_pylist() for name in ROW_COLUMNS]
     return [hashlib.sha256(to_json(values).encode()).hexdigest()[:16] for values in zip(*columns, strict=True)]
 
 
@@ -45,7 +45,7 @@ def embeddings_of(rows: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
 
 def columns_needed() -> tuple[str, ...]:
     """What is read of a part."""
-    return tuple(dict.fromkeys([*EVIDENCE_COLUMNS, *_ROW_COLUMNS, "image_embedding"]))
+    return tuple(dict.fromkeys([*EVIDENCE_COLUMNS, *ROW_COLUMNS, "image_embedding"]))
 
 
 def _evidence(row: Mapping[str, Any]) -> ImageEvidence:

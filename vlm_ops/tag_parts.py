@@ -21,6 +21,7 @@ from schemas.samples import digest
 from schemas.tags import TAGS, TagRecipe
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart
+from vlm_ops.image_evidence import ROW_COLUMNS, row_hashes
 
 _SUMMARY = "beamsight.tags"
 
@@ -123,6 +124,17 @@ def read_tag_summary(catalog: CatalogLayout, name: str, storage_options: storage
     if stored is None:
         return None
     return TagSummary(**{**json.loads(stored), "num_bytes": fs.size(uri), "is_reused": True})
+
+
+def num_unknown(catalog: CatalogLayout, work: TagWork, storage_options: storage.StorageOptions) -> int:
+    """How many of the rows of a part are not to be taken over from earlier parts."""
+    if not work.earlier:
+        return work.num_rows
+    known = rows_by_image(catalog, work.earlier, storage_options)
+    with storage.open_for_reading(f"{catalog.images}/{work.images_part}", storage_options) as file:
+        rows = pq.ParquetFile(file).read(columns=["image_id", *ROW_COLUMNS]).combine_chunks()
+    (batch,) = rows.to_batches()
+    return sum(key not in known for key in zip(batch["image_id"].to_pylist(), row_hashes(batch), strict=True))
 
 
 def finished(

@@ -68,7 +68,7 @@ def tag_lines(tags: dict[str, Any] | None, catalog: str) -> list[str]:
         for name, count in list(tags["categories"].items())[:_NUM_SHOWN]
     ]
     lines += [
-        f"           none {tags['without_category']} ({tags['without_category'] / total:.0%})",
+        f"category   none {tags['without_category']} ({tags['without_category'] / total:.0%})",
         f"suitable   {shares(tags['suitability'])}",
         f"review     {shares(tags['review'])}",
     ]

@@ -37,7 +37,7 @@ LOW_CAPTION_SCORE, LOW_LABEL_SCORE = 0.8, 0.5
 MIN_LABEL_SCORE = 0.1
 # Lines of text that are read, and from which share of the area on the picture is one of text, whose alternative
 # is that text (https://www.w3.org/WAI/tutorials/images/textual/).
-MIN_TEXT_SCORE, MOSTLY_TEXT_SHARE = 0.8, 0.25
+MIN_TEXT_SCORE, MOSTLY_TEXT_SHARE = 0.9, 0.25
 KEYWORD_LABEL_SCORE = 0.5
 KEYWORD_CATEGORY_SCORE = 0.5
 
@@ -65,8 +65,10 @@ FEW_KEYWORDS = f"fewer than {text_rules.MIN_KEYWORDS} keywords have evidence"
 NOTHING_KNOWN = "nothing is known of it"
 NOTHING_USABLE = "nothing that is known of it can be used"
 
+_FROM_PICTURE = "the text in the picture"
 _MAX_LISTED = 100  # keywords of a source that are looked at
 _MAX_CAPTIONS = 2  # of people, from which keywords are taken
+_LETTERS = re.compile(r"[^\W\d_]{3}")
 _BASE_36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 _ARTICLE = re.compile(r"^(?:an?|the|there (?:is|are)(?: an?)?)\s+(?:pair of\s+)?(?=\S)", re.I)
 _AND_ANOTHER = re.compile(r"\b(?:and|or) (?:an?|the)\b", re.I)
@@ -115,6 +117,8 @@ def write_texts(evidence: ImageEvidence, categories: Sequence[Category], languag
     if not alt:
         alt_reason = NOTHING_USABLE if own.says_something or generated else NOTHING_KNOWN
         doubts.append(alt_reason)
+    if _FROM_PICTURE in {each.origin for each in (alt, title) if each}:
+        doubts.append("named by the text that was read in it, which may be misread")
     doubts += _doubts_of_generation(evidence, sources)
     if len(keywords) < text_rules.MIN_KEYWORDS:
         doubts.append(FEW_KEYWORDS)
@@ -240,7 +244,7 @@ def _alt_candidates(own: _OwnTexts, generated: _Candidate | None, evidence: Imag
     for each in own.descriptions:
         yield each._replace(text=_sentence(next(iter(sentences(each.text)), ""), limit))
     if text := _text_of_picture(evidence):
-        yield _Candidate(f'Text: "{shorten(text, limit - 8)}"', GENERATED, "the text in the picture")
+        yield _Candidate(f'Text: "{shorten(text, limit - 8)}"', GENERATED, _FROM_PICTURE)
     if generated:
         yield generated._replace(text=_sentence(generated.text, limit))
     if own.kind:
@@ -260,7 +264,7 @@ def _title_candidates(own: _OwnTexts, generated: _Candidate | None, evidence: Im
     for each in (*own.alt, *own.captions, *own.descriptions):
         yield each._replace(text=_as_title(next(iter(sentences(each.text)), ""), limit))
     if text := _text_of_picture(evidence):
-        yield _Candidate(shorten(text, limit), GENERATED, "the text in the picture")
+        yield _Candidate(shorten(text, limit), GENERATED, _FROM_PICTURE)
     if generated:
         yield generated._replace(text=_as_title(generated.text, limit))
     if own.kind:
@@ -387,8 +391,13 @@ def _text_of_picture(evidence: ImageEvidence) -> str:
 
 
 def _read_text(evidence: ImageEvidence) -> str:
-    lines = (plain(line.text) for line in evidence.texts or () if line.score >= MIN_TEXT_SCORE)
-    return " ".join(line.replace('"', "'") for line in lines if line)
+    """What OCR is sure of and people could read out: no fragments, and nothing twice."""
+    lines = [plain(line.text).replace('"', "'") for line in evidence.texts or () if line.score >= MIN_TEXT_SCORE]
+    words = " ".join(line for line in lines if _LETTERS.search(line) and is_mostly_latin(line)).split()
+    first: dict[str, str] = {}
+    for word in words:
+        first.setdefault(word.casefold(), word)
+    return " ".join(first.values())
 
 
 def _named_by_label(evidence: ImageEvidence) -> _Candidate | None:
