@@ -262,7 +262,7 @@ def _summary(catalog: CatalogLayout, config: TagConfig, images: Sequence[LivePar
 def _forecast(plan: TagPlan, catalog: CatalogLayout, storage_options: storage.StorageOptions) -> str:
     """What a run would do."""
     num_tagged = sum(num_unknown(catalog, work, storage_options) for work in plan.work)
-    num_images = sum(each.num_rows for each in (*plan.work, *plan.kept))
+    num_images = sum(work.num_rows for work in plan.work) + sum(part.num_rows for part in plan.kept)
     return f"{catalog.root}: would tag {num_tagged} images, {num_images - num_tagged} would stay as they are"
 
 

@@ -93,6 +93,9 @@ _STOP_WORDS = frozenset(
     ]
 )
 _MAX_WORDS = 200  # of a text that came with an image; a page's worth says no more
+# When a caption contradicts its picture. Of the photos of flickr8k/dev 1.7 % do, and a third of grocery's that have a
+# generated caption: dogs with yellow balls that are lemons.
+_CAPTION_SHARPNESS, _SURE, _RULED_OUT, _SEEN = 120.0, 0.5, 0.05, 0.3
 _SPEAKING_SHARE = 0.15  # of what speaks for a category; evidence of less is not named
 _TEXTS_PER_BATCH = 64
 _MAX_CACHED_TEXTS = 200_000  # 300 MB of vectors of 388 dimensions
@@ -178,6 +181,13 @@ class CategoryScorer:
         Args:
             embeddings: float32[n, d]; a row of NaN where an image has none: it gets no category.
         """
+        return self.assign_and_compare(embeddings, evidences)[0]
+
+    def assign_and_compare(
+        self, embeddings: np.ndarray, evidences: Sequence[ImageEvidence]
+    ) -> tuple[list[tuple[Category, ...]], list[str | None]]:
+        """What `assign` gives, and for each image how its generated caption contradicts the picture; None where it does
+        not."""
         spoken = self.evidence_vectors(embeddings, evidences)
         has_embedding = ~np.isnan(embeddings).any(axis=1)
         is_told = spoken["source_metadata"].any(axis=1)
@@ -187,7 +197,27 @@ class CategoryScorer:
                 assigned = scorer._assigned({kind: values[rows] for kind, values in spoken.items()})
                 for row, categories in zip(np.flatnonzero(rows), assigned, strict=True):
                     found[row] = categories
-        return found
+        is_generated = has_embedding & np.array([each.caption_source == "generated" for each in evidences], bool)
+        return found, self._of_pictures._contradictions(spoken, is_generated)
+
+    def _contradictions(self, spoken: Mapping[str, np.ndarray], is_generated: np.ndarray) -> list[str | None]:
+        """Where the caption alone is sure of a root of the taxonomy that picture and class names all but rule out."""
+        told: list[str | None] = [None] * len(is_generated)
+        rows = np.flatnonzero(is_generated)
+        if not len(rows) or not self.calibration.is_fitted:  # else nobody has seen what similarities mean
+            return told
+        picture = np.sum([self.calibration.weights[kind] * spoken[kind][rows] for kind in ("image", "labels")], axis=0)
+        caption = _CAPTION_SHARPNESS * spoken["caption"][rows]
+        roots = np.flatnonzero(self.parents < 0)
+        members = self.members[:, roots].astype(np.float32)
+        of_picture, of_caption = (softmax(vectors @ self.prompts.T) @ members for vectors in (picture, caption))
+        said, shown, all_rows = of_caption.argmax(axis=1), of_picture.argmax(axis=1), np.arange(len(rows))
+        is_so = of_caption[all_rows, said] > _SURE
+        is_so &= (of_picture[all_rows, said] < _RULED_OUT) & (of_picture[all_rows, shown] > _SEEN)
+        for i in np.flatnonzero(is_so):
+            names = self.nodes[roots[said[i]]].name, self.nodes[roots[shown[i]]].name
+            told[rows[i]] = f"the caption speaks of another category than the picture: {names[0]}, not {names[1]}"
+        return told
 
     @cached_property
     def _of_pictures(self) -> CategoryScorer:

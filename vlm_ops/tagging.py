@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from multiprocessing import get_context, parent_process
 from typing import Any
@@ -119,14 +119,21 @@ class Tagger:
         positions, embeddings = embeddings_of(rows)
         clock.book("read")
         categories: list[tuple[Category, ...]] = [()] * len(evidences)
+        contradictions: list[str | None] = [None] * len(evidences)
         if self.config.scorer is not None and len(positions):
-            found = self.config.scorer.assign(embeddings, [evidences[row] for row in positions])
-            for row, each in zip(positions, found, strict=True):
-                categories[row] = each
+            found = self.config.scorer.assign_and_compare(embeddings, [evidences[row] for row in positions])
+            for row, each, contradiction in zip(positions, *found, strict=True):
+                categories[row], contradictions[row] = each, contradiction
         clock.book("categories")
         suitability = judge(evidences, _one_a_row(embeddings, positions, len(evidences)), self.config.looks)
         clock.book("suitability")
         texts = [write_texts(evidence, each) for evidence, each in zip(evidences, categories, strict=True)]
+        texts = [
+            replace(each, doubts=(*each.doubts, contradiction))
+            if contradiction and "generated" in each.sources.values()
+            else each
+            for each, contradiction in zip(texts, contradictions, strict=True)
+        ]
         clock.book("texts")
         if self._writer is not None:
             texts = self._writer.write(evidences, categories, texts)
