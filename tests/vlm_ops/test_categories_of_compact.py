@@ -25,6 +25,12 @@ def test_the_calibration_that_ships_is_that_of_the_default_model() -> None:
     assert not CategoryCalibration.of_model("hf:../x@1").is_fitted
 
 
+def picture_of(text: str, scorer: CategoryScorer) -> np.ndarray:
+    """float32[1, d], where a picture of it would lie."""
+    vector = load_text_model("compact").encode_texts([text])
+    return (vector - scorer.prompts.mean(axis=0) + scorer.calibration.mean("image", vector.shape[1])).astype(np.float32)
+
+
 @pytest.mark.parametrize(
     ("text", "path"),
     [
@@ -37,8 +43,23 @@ def test_the_calibration_that_ships_is_that_of_the_default_model() -> None:
 def test_sentences_in_place_of_pictures(text: str, path: str, iab: Taxonomy) -> None:
     """In the space of the default model, a text lies where a picture of it would."""
     made = CategoryScorer.compute(iab, "compact")
-    vector = load_text_model("compact").encode_texts([text])
-    image = vector - made.prompts.mean(axis=0) + made.calibration.mean("image", vector.shape[1])
-    (found,) = made.assign(image.astype(np.float32), [ImageEvidence(1, "uri")])
+    (found,) = made.assign(picture_of(text, made), [ImageEvidence(1, "uri")])
     assert path in {" > ".join(each.path) for each in found}, found
     assert not any(node.path[0] == "Sensitive Topics" for node in made.nodes)
+
+
+def test_a_caption_that_contradicts_its_picture_is_told(iab: Taxonomy) -> None:
+    made = CategoryScorer.compute(iab, "compact")
+    lemons = picture_of("fresh fruit and vegetables on a market stall", made)
+
+    def told(caption: str, source: str = "generated") -> str | None:
+        _, (contradiction,) = made.assign_and_compare(
+            lemons, [ImageEvidence(1, "uri", caption=caption, caption_source=source)]
+        )
+        return contradiction
+
+    assert told("a brown dog is running with a black dog") == (
+        "the caption speaks of another category than the picture: Pets, not Food & Drink"
+    )
+    assert told("a pile of fresh fruit and vegetables") is None
+    assert told("a brown dog is running with a black dog", "labels") is None
