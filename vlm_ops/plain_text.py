@@ -167,7 +167,9 @@ _SPACELESS_CHARACTER = regex.compile(rf"[{_SPACELESS}]")
 
 def _sentence_ends(text: str) -> list[int]:
     ends = (match.end() for match in _SENTENCE_END.finditer(text))
-    return [end for end in ends if not _ABBREVIATION.search(text, max(0, end - 10), end)]
+    # A mark behind the stop belongs to it.
+    whole = (end for end in ends if not unicodedata.category(text[end : end + 1] or " ").startswith("M"))
+    return [end for end in whole if not _ABBREVIATION.search(text, max(0, end - 10), end)]
 
 
 def _cluster_ends(text: str, limit: int) -> list[int]:

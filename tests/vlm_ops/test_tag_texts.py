@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from schemas.tags import Box, Category, FoundText, ImageEvidence, Label, TagTexts
@@ -96,6 +96,7 @@ def test_no_text_breaks_a_rule(evidence: ImageEvidence, categories: tuple[Catego
 
 @settings(max_examples=200, deadline=None)
 @given(TEXTS)
+@example("A。\u0300")
 def test_no_word_is_cut(caption: str) -> None:
     """Whatever is shown of a caption ends where one of its words does."""
     texts = write_texts(ImageEvidence(1, "1.jpg", source_captions=(caption,)), ())
