@@ -538,6 +538,8 @@ def parse_tag(argv: Sequence[str]) -> TagOptions:
         parser.error(
             "--calibrate needs --mapping, which says what the labels mean, and --calibration, the file to write"
         )
+    if args.calibrate and args.dry_run:
+        parser.error("--calibrate writes --calibration, and --dry_run writes nothing; leave one of them out")
     if args.mapping and not args.calibrate:
         parser.error("--mapping is for --calibrate; give that too")
     return TagOptions(**{**vars(args), "calibrate": tuple(args.calibrate), "beam_args": tuple(beam_args)})

@@ -333,6 +333,7 @@ def test_flags_that_need_one_another(capsys: pytest.CaptureFixture) -> None:
     for flags, message in (
         (["--calibrate", "x.tar"], "--calibrate needs --mapping"),
         (["--mapping", "x.yaml"], "--mapping is for --calibrate"),
+        (["--calibrate", "x.tar", "--mapping", "m", "--calibration", "c", "--dry_run"], "--dry_run writes nothing"),
     ):
         with pytest.raises(SystemExit):
             main(["tag", "catalog", *flags])
