@@ -13,6 +13,7 @@ from schemas.samples import ShardRef, image_id
 from tests import toys
 from tests.conftest import encode, jpeg, tar_bytes
 from vlm_ops.enrich import EnrichConfig, Enricher
+from vlm_ops.models.settings import CPU
 from vlm_ops.ops import plan_ops
 from vlm_ops.shards import ReadConfig
 
@@ -21,7 +22,7 @@ RECIPE = Recipe(plan_ops(["quality", "features", "embedding"], "python:tests.toy
 
 
 def config_for(tmp_path: Path, **changes: object) -> EnrichConfig:
-    values = {"batch_size": 8, "num_threads": 3, "device": "cpu"} | changes
+    values = {"batch_size": 8, "num_threads": 3, "settings": CPU} | changes
     return EnrichConfig(str(tmp_path / "catalog"), RECIPE, "run1", ReadConfig(10**7), **values)  # type: ignore[arg-type]
 
 
