@@ -68,7 +68,7 @@ def measure(name: str, config: EnrichConfig, shards: Sequence[Path]) -> list[Par
     num_copied = sum(summary.num_copied for summary in summaries)
     stages = ", ".join(
         f"{stage} {sum(summary.stage_sec.get(stage, 0) for summary in summaries):.1f}"
-        for stage in ("read", "copy", "decode", "model", "write")
+        for stage in ("read", "copy", "decode", "model", "caption", "write")
     )
     print(
         f"{name:18} {num_images} images, {num_copied} of them copied: {seconds:6.1f} s, {num_images / seconds:7.1f} images/s"

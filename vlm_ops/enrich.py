@@ -480,8 +480,7 @@ def _concatenated(rows: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Recor
 
 def _timed_op(op: Op, batch: ImageBatch) -> dict[str, pa.Array]:
     """Runs an op, and books its own seconds apart from those of a model that it shares."""
-    started, model_sec = time.perf_counter(), batch.stage_sec.get("model", 0.0)
+    started, booked = time.perf_counter(), sum(batch.stage_sec.values())
     columns = op(batch)
-    own = time.perf_counter() - started - (batch.stage_sec.get("model", 0.0) - model_sec)
-    batch.stage_sec[op.name] = batch.stage_sec.get(op.name, 0.0) + own
+    batch.book(op.name, time.perf_counter() - started - (sum(batch.stage_sec.values()) - booked))
     return columns

@@ -71,8 +71,14 @@ class ImageBatch:
         started = time.perf_counter()
         form = model.preprocessing
         encoding = model.encode_images(self.contents(form) if form.fit == "contain" else self.pixels[form])
-        self.stage_sec["model"] = self.stage_sec.get("model", 0.0) + time.perf_counter() - started
+        self.book("model", time.perf_counter() - started - (encoding.caption_sec or 0.0))
+        if encoding.caption_sec is not None:
+            self.book(CaptionOp.name, encoding.caption_sec)
         return encoding
+
+    def book(self, stage: str, seconds: float) -> None:
+        """Adds to the seconds of a stage."""
+        self.stage_sec[stage] = self.stage_sec.get(stage, 0.0) + seconds
 
     def shared(self, key: Hashable, make: Callable[[], _T]) -> _T:
         """What several ops need of this batch, made by the first that asks."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.options import EvaluateOptions, model_settings
+from vlm_ops.image_evidence import metadata_of
 from vlm_ops.metrics import Estimate
 from vlm_ops.models import describe_model
 from vlm_ops.pages import Section, card, render_gallery
@@ -68,7 +69,7 @@ def mean(values: np.ndarray) -> float:
 
 def metadata_value(row: Mapping[str, Any], name: str) -> str | None:
     """What the metadata of an image say in a field; None where they say nothing, or no single value."""
-    value = json.loads(row["source_metadata"] or "{}").get(name)
+    value = metadata_of(row["source_metadata"]).get(name)
     return None if value is None or isinstance(value, (dict, list)) else str(value)
 
 

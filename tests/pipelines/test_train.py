@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -364,7 +365,10 @@ def test_a_captioner_on_a_dual_encoder_chooses(model: Path, stack: Path) -> None
     images = load_image_model(spec, CPU, frozenset({"caption"}))
     pixels = np.random.default_rng(0).integers(0, 255, (24, 3, 8, 8), dtype=np.uint8)
     pixels[:12] = shades(*(tuple(each) for each in np.random.default_rng(1).integers(0, 255, (12, 3))))
-    captions = images.encode_images(pixels).captions
+    started = time.perf_counter()
+    encoding = images.encode_images(pixels)
+    assert 0 < encoding.caption_sec < time.perf_counter() - started
+    captions = encoding.captions
 
     directory = ModelDirectory(stack)
     writer = directory.fill(writer_from(directory.config["writer"], stack), "writer")
