@@ -402,14 +402,15 @@ def test_repository_in_the_local_cache(
         (repo / "refs" / name).write_text(commit)
     local = describe_model(f"hf:{directories['vit']}")
     for spec in ("hf:someone/tiny", "hf:someone/tiny@v1", f"hf:someone/tiny@{commit}"):
-        assert describe_model(spec) == ModelInfo(spec, local.revision, local.produces, False)
-    with pytest.raises(ValueError, match="no model 'hf:someone/tiny@v2': 'someone/tiny@v2' is neither"):
+        pinned = f"hf:someone/tiny@{commit}"
+        assert describe_model(spec) == ModelInfo(pinned, local.revision, local.produces, False)
+    with pytest.raises(ValueError, match="no model 'hf:someone/tiny@v2': 'someone/tiny' is neither a directory nor in"):
         describe_model("hf:someone/tiny@v2")
 
 
 @pytest.mark.parametrize("wrong", ["hf:", "hf:/no/such/directory", "hf:someone/unknown"])
 def test_model_that_is_not_here(wrong: str) -> None:
-    with pytest.raises(ValueError, match=f"^no model '{wrong}': .* give the path of a model's directory, or fetch"):
+    with pytest.raises(ValueError, match=f"^no model '{wrong}': .* is neither a directory nor"):
         describe_model(wrong)
 
 

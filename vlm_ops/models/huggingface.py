@@ -1,8 +1,7 @@
 """`hf:PATH` or `hf:REPO[@REVISION]`: image backbones and text encoders in the format of transformers.
 
 A model is a directory with `config.json` and its weights: one that `save_pretrained` has written, or a
-repository of the Hugging Face hub that lies in the local cache. Nothing is downloaded, and no code of a
-repository is run.
+repository of the Hugging Face hub, which is fetched once (`hub.py`). No code of a repository is run.
 
 Images: `features` are what the model pools (its class token, or the mean of its feature map), `grid` its
 feature map or patch tokens. Texts: the mean of the last hidden states over the tokens, as sentence-transformers
@@ -11,8 +10,6 @@ pools (Reimers & Gurevych, "Sentence-BERT", EMNLP 2019).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from vlm_ops.models import ImageBackbone, ModelInfo, TextBackbone, Tokenizer
-from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel, sha256_of, tokenizer_of
+from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel, tokenizer_of
+from vlm_ops.models.hub import locate, read_json, revision_of
 from vlm_ops.preprocessing import Preprocessing
 
 # The `model_type`s that are known to work; each gives `last_hidden_state` as this module reads it.
@@ -37,11 +35,6 @@ _TEXT_ENCODERS = (
 )  # fmt: skip
 # Their positions are numbered from behind the padding id, so that the first of them are never used.
 _SHIFTED_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")
-# Besides the weights, what decides about the numbers.
-_SETTINGS = (
-    "config.json", "preprocessor_config.json", "processor_config.json", "sentence_bert_config.json", "tokenizer.json",
-    "tokenizer_config.json",
-)  # fmt: skip
 # ConvNeXt's image processor stretches from this size on, and crops below.
 _STRETCHED_FROM = 384
 
@@ -52,12 +45,12 @@ def describe(spec: str) -> ModelInfo:
     Raises:
         ValueError: There is no such model here, or it is of an unknown type.
     """
-    directory, full_spec = _locate(spec)
-    kind = _read_json(directory / "config.json").get("model_type")
+    directory, full_spec = locate(spec)
+    kind = read_json(directory / "config.json").get("model_type")
     if kind in _CNNS + _VITS:
-        return ModelInfo(full_spec, _revision(directory), frozenset({"features", "grid"}), encodes_text=False)
+        return ModelInfo(full_spec, revision_of(directory), frozenset({"features", "grid"}), encodes_text=False)
     if kind in _TEXT_ENCODERS:
-        return ModelInfo(full_spec, _revision(directory), frozenset(), encodes_text=True)
+        return ModelInfo(full_spec, revision_of(directory), frozenset(), encodes_text=True)
     raise ValueError(
         f"cannot load model {spec!r}: its model_type is {kind!r}; known are, for images, {', '.join(_CNNS + _VITS)}, "
         f"and, for texts, {', '.join(_TEXT_ENCODERS)}"
@@ -66,7 +59,7 @@ def describe(spec: str) -> ModelInfo:
 
 def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> BackboneImageModel:
     info = _describe_image_model(spec)
-    preprocessing = read_preprocessing(_image_processor(_locate(spec)[0]))
+    preprocessing = read_preprocessing(_image_processor(locate(spec)[0]))
     return BackboneImageModel(info, preprocessing, lambda: load_image_backbone(spec), device, outputs)
 
 
@@ -83,7 +76,7 @@ def load_image_backbone(spec: str) -> ImageBackbone:
     import torch
 
     _describe_image_model(spec)
-    directory = _locate(spec)[0]
+    directory = locate(spec)[0]
     processor = _image_processor(directory)
     scale, shift = _normalisation(processor)
 
@@ -130,7 +123,7 @@ def load_text_backbone(spec: str) -> TextBackbone:
     """
     import torch
 
-    directory = _locate(spec)[0]
+    directory = locate(spec)[0]
 
     class HuggingFaceTextBackbone(torch.nn.Module):
         def __init__(self) -> None:
@@ -154,14 +147,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     import tokenizers
 
-    directory = _locate(spec)[0]
+    directory = locate(spec)[0]
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
             f"the model in {str(directory)!r} has no tokenizer.json; save its fast tokenizer there "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     pad_id = config.get("pad_token_id") or 0
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
     tokenizer.enable_truncation(_max_tokens(directory, config))
@@ -278,54 +271,5 @@ def _max_tokens(directory: Path, config: Mapping[str, Any]) -> int:
     limits = [positions]
     for name, key in (("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")):
         if (directory / name).is_file():
-            limits.append(_read_json(directory / name).get(key) or positions)
+            limits.append(read_json(directory / name).get(key) or positions)
     return int(min(limits))
-
-
-def _locate(spec: str) -> tuple[Path, str]:
-    """The directory of a model, and its spec: with the full path, so that it means the same from any directory."""
-    argument = spec.removeprefix("hf:")
-    path = Path(argument).expanduser().resolve()
-    if argument and path.is_dir():
-        return path, f"hf:{path}"
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    repo, _, revision = argument.partition("@")
-    try:
-        cached = try_to_load_from_cache(repo, "config.json", revision=revision or None)
-    except HFValidationError:  # no name that a repository could have
-        cached = None
-    if not isinstance(cached, str):
-        raise ValueError(
-            f"no model {spec!r}: {argument!r} is neither a directory nor a repository in the local Hugging Face cache; "
-            "give the path of a model's directory, or fetch the repository first (hf download REPO)"
-        )
-    return Path(cached).parent, spec
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"no model in {str(path.parent)!r}: there is no {path.name}; save_pretrained writes one"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"the model in {str(path.parent)!r} cannot be read: {path.name}: {error}") from error
-
-
-def _revision(directory: Path) -> str:
-    """12 hex digits that stand for the weights and the settings.
-
-    Raises:
-        ValueError: There are no weights.
-    """
-    weights = sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
-    if not weights:
-        raise ValueError(
-            f"the model in {str(directory)!r} has no weights: there is no model.safetensors; save_pretrained writes one"
-        )
-    files = weights + [directory / name for name in _SETTINGS if (directory / name).is_file()]
-    digests = [f"{path.name} {sha256_of(path)}" for path in files]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:12]

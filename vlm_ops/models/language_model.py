@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from vlm_ops.models import huggingface
+from vlm_ops.models import hub, huggingface
 from vlm_ops.models.captioner import Hypothesis
 from vlm_ops.models.standardised import Standardised
 from vlm_ops.preprocessing import Preprocessing
@@ -417,11 +417,11 @@ def _from_json(config: Mapping[str, Any]) -> Any:
 def _directory(spec: str) -> Path:
     if not spec.startswith("hf:"):
         raise ValueError(f"model {spec!r} is no model of transformers; use hf:PATH or hf:REPO[@REVISION]")
-    return huggingface._locate(spec)[0]
+    return hub.locate(spec)[0]
 
 
 def _configuration(directory: Path) -> Any:
-    huggingface._read_json(directory / "config.json")  # its errors say what to do
+    hub.read_json(directory / "config.json")  # its errors say what to do
     return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 
