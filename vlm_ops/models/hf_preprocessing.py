@@ -53,14 +53,46 @@ def read_preprocessing(processor: Any) -> Preprocessing:
         )
     interpolation = _INTERPOLATIONS[2 if resample is None else int(resample)]
     crop_pct = getattr(processor, "crop_pct", None)
-    if crop_pct and not crop and side < _STRETCHED_FROM:  # ConvNeXt's own way
-        crop, resized = size, int(side / crop_pct)
-    fit = "cover" if "shortest_edge" in size and not (crop_pct and side >= _STRETCHED_FROM) else "stretch"
-    if fit == "cover" and not crop:
+    is_stretched = "height" in size
+    if crop_pct and not crop:  # ConvNeXt's own way
+        is_stretched = side >= _STRETCHED_FROM
+        crop = {} if is_stretched else size
+    if crop_pct and not is_stretched:
+        resized = int(resized / crop_pct)
+    if not is_stretched and not crop:
         raise ValueError(
             f"{type(processor).__name__} with size {size} keeps the aspect ratio of every image; give it a crop_size"
         )
-    return Preprocessing(side, fit, min(1.0, side / resized) if crop else 1.0, interpolation, crop_rounding="floor")
+    fraction = min(1.0, side / resized) if crop else 1.0
+    found = Preprocessing(side, "stretch" if is_stretched else "cover", fraction, interpolation, crop_rounding="floor")
+    _check_by(processor, found)
+    return found
+
+
+def _check_by(processor: Any, found: Preprocessing) -> None:
+    """Compares with what the processor does, since some have ways of their own.
+
+    Raises:
+        ValueError: It makes other pixels.
+    """
+    import torch
+
+    from vlm_ops.images import preprocess
+
+    for shape in (
+        (3, found.shorter_side + 59, 2 * found.shorter_side + 42),
+        (3, found.size // 2 + 9, found.size // 3 + 6),
+    ):
+        image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        expected = processor(
+            [image], do_rescale=False, do_normalize=False, input_data_format="channels_first", return_tensors="np"
+        )["pixel_values"][0]
+        actual = preprocess(torch.from_numpy(image), found).numpy().astype(np.float32)
+        if expected.shape != actual.shape or np.abs(expected - actual).max() > 1:
+            raise ValueError(
+                f"{type(processor).__name__} does more to an image than to resize and to crop it ({found} comes nearest), which is "
+                "not supported; name another model"
+            )
 
 
 def normalisation(processor: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -42,18 +42,18 @@ def describe(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
     trusts = settings.trust_remote_code
     directory, full_spec = locate(spec, trusts)
     kind, model_type = _kind(spec, directory, settings)
+    if kind is None:
+        raise ValueError(
+            f"cannot load model {spec!r}: its model_type is {model_type!r}; known are dual encoders (such as clip and siglip), the "
+            f"image backbones {', '.join(_CNNS + _VITS)} and the text encoders {', '.join(_TEXT_ENCODERS)}"
+        )
     revision = revision_of(directory, trusts)
     if kind == "dual encoder":
         grid = () if _has_own_code(directory, model_type) else ("grid",)
         return ModelInfo(full_spec, revision, frozenset({"features", "embedding", *grid}))
     if kind == "image backbone":
         return ModelInfo(full_spec, revision, frozenset({"features", "grid"}), encodes_text=False)
-    if kind == "text encoder":
-        return ModelInfo(full_spec, revision, frozenset(), encodes_text=True)
-    raise ValueError(
-        f"cannot load model {spec!r}: its model_type is {model_type!r}; known are dual encoders, captioners, the image backbones "
-        f"{', '.join(_CNNS + _VITS)} and the text encoders {', '.join(_TEXT_ENCODERS)}"
-    )
+    return ModelInfo(full_spec, revision, frozenset(), encodes_text=True)
 
 
 def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel:
