@@ -139,6 +139,7 @@ class TrainOptions(ReadingOptions):
     language_model: str | None
     objective: str
     start: str | None
+    start_share: float
     num_beams: int
     num_judged: int
     label_margin: float
@@ -402,10 +403,13 @@ READ_BY = {
     "pseudo_weight": ("dual-encoder", "captioner"),
     "mixing": ("dual-encoder",),
     **dict.fromkeys(
-        ("writer", "language_model", "objective", "start", "num_beams", "num_judged", "label_margin", "min_word_count"),
+        (
+            "writer", "language_model", "objective", "start", "start_share", "num_beams", "num_judged", "label_margin",
+            "min_word_count",
+        ),
         ("captioner",),
     ),
-}
+}  # fmt: skip
 
 
 def parse_train(argv: Sequence[str]) -> TrainOptions:
@@ -449,6 +453,8 @@ def _add_training_models(group: argparse._ArgumentGroup) -> None:
              "--language_model)")  # fmt: skip
     add("--language_model", metavar="SPEC", help="captioner: a causal language model, such as hf:gpt2")
     add("--start", metavar="DIR", help="captioner: begin with the weights of this model directory, of the same shapes")
+    add("--start_share", type=_fraction, default=0.0,
+        help="captioner: how much of those weights is mixed into what training makes of them (default: %(default)s)")  # fmt: skip
     add(
         "--hidden_dim", type=_positive_int, help=f"width of the trained network (default: {_defaults_of('hidden_dim')})"
     )
@@ -501,6 +507,8 @@ def _check_writer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--writer {args.writer} needs --language_model, such as hf:gpt2")
     if args.writer == "compact" and args.language_model:
         parser.error("--language_model is not read by --writer compact; leave one of them out")
+    if args.start_share and not args.start:
+        parser.error("--start_share is of the weights to begin with; name them with --start DIR")
     if args.objective == "cider" and not args.start:
         parser.error("--objective cider is for a captioner that can write already; name it with --start DIR")
     if args.objective == "cider" and args.writer != "compact":

@@ -49,7 +49,7 @@ _TEXTS_PER_CALL = 1024
 _CHECKPOINT = "checkpoint.pt"
 _LOG_SEC = 30  # between log lines where there is no terminal
 # Flags that decide what a training comes to, where its kind reads them, besides those of the loop and of the task.
-_FLAGS = ("writer", "language_model", "start", "hidden_dim", "dropout", "min_word_count", "mirrored")
+_FLAGS = ("writer", "language_model", "start", "start_share", "hidden_dim", "dropout", "min_word_count", "mirrored")
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def train_dual_encoder(
 
 def train_captioner(options: TrainOptions, data: CaptionedImages, validation: CaptionedImages, device: str) -> Training:
     """A writer under the image side of --model."""
-    from vlm_ops.models.captioner import Captioner
+    from vlm_ops.models.captioner import Captioner, num_wanted
     from vlm_ops.models.writers import describe_writer, save_writer_files
     from vlm_ops.training.captioner import CaptionerTask, CaptioningConfig, best_sentences, captioning_figures
     from vlm_ops.training.people import fit_people
@@ -246,6 +246,7 @@ def train_captioner(options: TrainOptions, data: CaptionedImages, validation: Ca
     reads = [] if sees_for_itself else [name for name, dim in _image_dims(data, backbone).items() if dim]
 
     def finish(trained: Any) -> tuple[dict[str, torch.nn.Module], dict[str, Any], dict[str, float]]:
+        _mix_with_start(options, trained.writer)
         save_writer_files(trained.writer, Path(options.output).expanduser())
         description = {
             "writer": describe_writer(trained.writer),
@@ -255,7 +256,7 @@ def train_captioner(options: TrainOptions, data: CaptionedImages, validation: Ca
             "label_margin": options.label_margin,
         }
         parts = {"writer": trained.writer, **_finetuned(trained)}
-        sentences = best_sentences(trained, validation, options.num_beams, device)
+        sentences = best_sentences(trained, validation, options.num_beams, device, num_wanted(options.num_judged))
         log_probs = np.array([each.log_prob for each in sentences])
         description["usual_log_prob"] = float(log_probs.mean())
         if people := fit_people(data, validation, log_probs) if "features" in data.images else None:
@@ -471,6 +472,19 @@ def _started(options: TrainOptions, writer: Any) -> Any:
             "was trained with"
         ) from error
     return writer
+
+
+def _mix_with_start(options: TrainOptions, writer: Any) -> None:
+    """Mixes the weights of --start into the trained ones: what both have learnt stays, what either learnt by heart fades
+    (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022)."""
+    if not options.start_share:
+        return
+    assert options.start is not None
+    start = ModelDirectory(path_of(options.start)).weights("writer")
+    with torch.no_grad():
+        for name, values in writer.state_dict().items():  # which are the writer's own
+            if values.is_floating_point():
+                values.lerp_(start[name].to(values), options.start_share)
 
 
 def _compact_writer(

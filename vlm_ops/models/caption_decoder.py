@@ -77,6 +77,10 @@ class Vocabulary:
         return " ".join(words)
 
 
+# Signs that no sentence holds. The search begins behind them, as behind words that may not be said twice.
+_UNWRITTEN = (Vocabulary.PAD, Vocabulary.UNKNOWN, Vocabulary.BEGIN)
+
+
 def split_words(caption: str) -> list[str]:
     """Lower-case words of a caption, without its punctuation; "man 's", as tokenizers leave it, is one word."""
     return _WORD.findall(_PARTED.sub("'s", caption.lower()))
@@ -147,10 +151,8 @@ class CaptionDecoder(Standardised):
         self.color_rows: torch.Tensor
         self.register_buffer("color_ids", torch.tensor(color_ids, dtype=torch.long), persistent=False)
         self.repeating: torch.Tensor
-        repeating = [
-            0.0 if len(word) <= _REPEATABLE_LETTERS or word in Vocabulary.SPECIAL else -torch.inf
-            for word in self.vocabulary.words
-        ]
+        signs = [-torch.inf if number in _UNWRITTEN else 0.0 for number in range(len(Vocabulary.SPECIAL))]
+        repeating = signs + [0.0 if len(word) <= _REPEATABLE_LETTERS else -torch.inf for word in config.words]
         self.register_buffer("repeating", torch.tensor(repeating), persistent=False)
         rows = F.one_hot(self.color_ids, len(self.vocabulary)).float()
         self.register_buffer("color_rows", rows, persistent=False)
@@ -305,51 +307,59 @@ class CaptionDecoder(Standardised):
         return weighed + own.logsumexp(-1, keepdim=True) - weighed.logsumexp(-1, keepdim=True) - own
 
     @torch.inference_mode()
-    def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int = 5) -> list[list[Hypothesis]]:
-        """The `num_beams` best sentences of each image, best first. One beam is greedy decoding."""
-        return self.search(self.step, self.read(inputs), num_beams)
+    def write(
+        self, inputs: Mapping[str, torch.Tensor], num_beams: int = 5, num_wanted: int | None = None
+    ) -> list[list[Hypothesis]]:
+        """See Writer."""
+        return self.search(self.step, self.read(inputs), num_beams, num_wanted)
 
-    def search(self, step: Step, read: Read, num_beams: int) -> list[list[Hypothesis]]:
+    def search(
+        self, step: Step, read: Read, num_beams: int, num_wanted: int | None = None
+    ) -> list[list[Hypothesis]]:
         """Beam search over all images at once. A sentence that has ended stays in its beam, and competes by its score with
         those that go on. None says a longer word twice.
 
         Args:
             step: As `self.step`.
             read: From `read`.
+            num_wanted: The search of an image is over when its so many best sentences have ended (None: when all have);
+                those that have not are left out.
         """
         config, v, device = self.config, self.vocabulary, self.bias.device
         n = len(read[0])
         found: list[list[Hypothesis]] = [[] for _ in range(n)]
         if not n:
             return found
-        rows = torch.arange(n)  # images whose sentences go on
+        rows = torch.arange(n)  # images that are carried along
+        is_found = torch.zeros(n, dtype=torch.bool)  # of these, whose search is over
         past = self._no_past(n, 1)
-        words = torch.full((n, 1, 1), v.BEGIN, device=device)
+        words = torch.tensor(_UNWRITTEN, device=device).expand(n, 1, -1)
         totals, lengths = torch.zeros(n, 1, device=device), torch.zeros(n, 1, device=device)
         for position in range(config.max_words + 1):
             log_probs, past = step(read, past, words[:, :, -1], torch.tensor([position], device=device))
             log_probs.scatter_add_(2, words, self.repeating[words])
-            log_probs[:, :, [v.PAD, v.BEGIN, v.UNKNOWN]] = -torch.inf
             if position == config.max_words:  # no room for another word
                 log_probs[:, :, v.END + 1 :] = -torch.inf
-            ended = (words[:, :, -1] == v.END) & (position > 0)
-            log_probs[ended] = -torch.inf
-            log_probs[..., v.END][ended] = 0.0
-            beams, chosen, totals, lengths = _best(totals, lengths, log_probs, ended, num_beams)
+            beams, chosen, totals, lengths = _best(totals, lengths, log_probs, words[:, :, -1] == v.END, num_beams)
             words = torch.cat([_pick(words, beams), chosen[:, :, None]], dim=2)
             past = _pick(past, beams)
-            goes_on = ((chosen != v.END) & (totals > -torch.inf)).any(dim=1)  # there may be fewer sentences than beams
-            if goes_on.float().mean() > _WORTH_COPYING:
-                continue
-            # Images whose sentences have all ended cost no more steps.
-            sentences = self._sentences(words[~goes_on, :, 1:], (totals / lengths**_LENGTH_POWER)[~goes_on])
-            for row, hypotheses in zip(rows[~goes_on.cpu()].tolist(), sentences, strict=True):
-                found[row] = hypotheses
-            if not goes_on.any():
+            has_ended = (chosen == v.END) | (totals == -torch.inf)  # there may be fewer sentences than beams
+            is_over = has_ended[:, :num_wanted].all(dim=1).cpu()
+            # Others of the batch have no say in what is found of an image.
+            new = is_over & ~is_found
+            if new.any():
+                scores = (totals / lengths**_LENGTH_POWER).masked_fill(~has_ended, -torch.inf)
+                sentences = self._sentences(words[new, :, len(_UNWRITTEN) :], scores[new])
+                for row, hypotheses in zip(rows[new].tolist(), sentences, strict=True):
+                    found[row] = hypotheses
+                is_found = is_found | new
+            if is_found.all():
                 break
-            rows = rows[goes_on.cpu()]
-            read = tuple(each[goes_on] for each in read)
-            past, words, totals, lengths = (each[goes_on] for each in (past, words, totals, lengths))
+            if (~is_found).float().mean() > _WORTH_COPYING:
+                continue
+            rows, read = rows[~is_found], tuple(each[~is_found] for each in read)
+            past, words, totals, lengths = (each[~is_found] for each in (past, words, totals, lengths))
+            is_found = is_found[~is_found]
         return found
 
     def _no_past(self, num_images: int, count: int) -> torch.Tensor:
@@ -474,15 +484,21 @@ def _best(
     # All words make a beam as long, so that its likeliest words are its best.
     likeliest = log_probs.topk(min(num_beams, log_probs.shape[2]), dim=2)
     num_words = likeliest.indices.shape[2]
-    candidates = totals[:, :, None] + likeliest.values
+    # After the end comes the end, at no cost, and nothing else.
+    after_end = torch.full((num_words,), -torch.inf, device=log_probs.device)
+    after_end[0] = 0.0
+    values = torch.where(ended[:, :, None], after_end, likeliest.values)
+    indices = likeliest.indices.masked_fill(ended[:, :, None], Vocabulary.END)
+    candidates = totals[:, :, None] + values
     grown = lengths + (~ended).float()
     ranked = (candidates / grown[:, :, None] ** _LENGTH_POWER).flatten(1)
     best = ranked.topk(min(num_beams, ranked.shape[1]), dim=1).indices
     beams = best // num_words
-    chosen, totals = (each.flatten(1).gather(1, best) for each in (likeliest.indices, candidates))
+    chosen, totals = (each.flatten(1).gather(1, best) for each in (indices, candidates))
     return beams, chosen, totals, grown.gather(1, beams)
 
 
 def _pick(values: torch.Tensor, beams: torch.Tensor) -> torch.Tensor:
     """Rows of dimension 1 of values [n, c, ...] by beams int64[n, b] -> [n, b, ...]."""
-    return values[torch.arange(len(values))[:, None], beams]
+    starts = torch.arange(len(values), device=beams.device)[:, None] * values.shape[1]
+    return values.flatten(0, 1).index_select(0, (starts + beams).flatten()).unflatten(0, beams.shape)

@@ -22,6 +22,12 @@ class Hypothesis:
     log_prob: float
 
 
+def num_wanted(num_judged: int) -> int:
+    """How many sentences a search has to find where `num_judged` are judged. One more takes the place of one that names people
+    who are not there; and the first that comes to its end is often not the best."""
+    return num_judged + 1
+
+
 class Writer(Protocol):
     """A language model under images: a torch module.
 
@@ -36,8 +42,14 @@ class Writer(Protocol):
         """Mean cross-entropy of the captions' tokens; every image has as many captions."""
         ...
 
-    def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int) -> list[list[Hypothesis]]:
-        """Up to `num_beams` sentences of each image, best first. One beam is greedy decoding."""
+    def write(
+        self, inputs: Mapping[str, torch.Tensor], num_beams: int, num_wanted: int | None = None
+    ) -> list[list[Hypothesis]]:
+        """Up to `num_beams` sentences of each image, best first. One beam is greedy decoding.
+
+        Args:
+            num_wanted: How many of them will be asked for (None: all); the others may be left out.
+        """
         ...
 
 
@@ -67,9 +79,11 @@ class Captioner(nn.Module):
         return self.writer.loss(self.inputs(inputs), captions, label_smoothing)
 
     @torch.inference_mode()
-    def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int) -> list[list[Hypothesis]]:
+    def write(
+        self, inputs: Mapping[str, torch.Tensor], num_beams: int, num_wanted: int | None = None
+    ) -> list[list[Hypothesis]]:
         """See Writer."""
-        return self.writer.write(self.inputs(inputs), num_beams)
+        return self.writer.write(self.inputs(inputs), num_beams, num_wanted)
 
     def inputs(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """What the writer reads of images: their pixels as the backbone sees them, where that is trained."""

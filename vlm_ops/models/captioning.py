@@ -59,6 +59,7 @@ class CaptioningImageModel:
     ) -> None:
         import torch
 
+        from vlm_ops.models.captioner import num_wanted
         from vlm_ops.models.writers import load_writer
 
         self.info = info
@@ -71,6 +72,7 @@ class CaptioningImageModel:
         self.preprocessing = self._base.preprocessing
         self.label_names = self._base.label_names
         self._num_beams = settings.num_beams or directory.config["num_beams"]
+        self._num_wanted = num_wanted(directory.config["num_judged"])
         self._judge = _Judge(self._base, directory) if isinstance(self._base, CosineMatcher) else None
         self._torch, self._device = torch, settings.device
         # One batch at a time on a GPU: other threads decode meanwhile. On a CPU each thread uses its own core.
@@ -95,9 +97,9 @@ class CaptioningImageModel:
             for name, values in inputs.items()
         }
         if self._lock is None:
-            return self._writer.write(tensors, self._num_beams)
+            return self._writer.write(tensors, self._num_beams, self._num_wanted)
         with self._lock:
-            return self._writer.write(tensors, self._num_beams)
+            return self._writer.write(tensors, self._num_beams, self._num_wanted)
 
 
 class _Judge:

@@ -64,12 +64,14 @@ class DecoderEngine:
             (0, 1),
         )
 
-    def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int) -> list[list[Hypothesis]]:
+    def write(
+        self, inputs: Mapping[str, torch.Tensor], num_beams: int, num_wanted: int | None = None
+    ) -> list[list[Hypothesis]]:
         """As `CaptionDecoder.write`."""
         if not len(inputs["features"]):
             return []
         read = self._read({name: inputs[name].numpy() for name in self._names})
-        return self._decoder.search(self._next_words, tuple(map(torch.from_numpy, read)), num_beams)
+        return self._decoder.search(self._next_words, tuple(map(torch.from_numpy, read)), num_beams, num_wanted)
 
     def _next_words(
         self, read: Read, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor

@@ -120,8 +120,11 @@ class _LanguageModelWriter(nn.Module):
         return ids, torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
 
     @torch.inference_mode()
-    def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int = 5) -> list[list[Hypothesis]]:
-        """The `num_beams` sentences that a beam search finds for each image, best first. One beam is greedy decoding.
+    def write(
+        self, inputs: Mapping[str, torch.Tensor], num_beams: int = 5, num_wanted: int | None = None
+    ) -> list[list[Hypothesis]]:
+        """The sentences that a beam search finds for each image, best first, `num_wanted` of them or one a beam. One beam is
+        greedy decoding.
 
         Returns:
             Hypotheses whose `log_prob` is the mean over the tokens and the end sign, by which the search ranks them.
@@ -130,7 +133,7 @@ class _LanguageModelWriter(nn.Module):
             return []
         numbers = (self.max_tokens + 1) * self.language_model.config.vocab_size * num_beams  # of an image
         at_once = self.memory(inputs).split(max(1, _SCORES // numbers))
-        return [hypotheses for memory in at_once for hypotheses in self._search(memory, num_beams)]
+        return [hypotheses[:num_wanted] for memory in at_once for hypotheses in self._search(memory, num_beams)]
 
     def _search(self, memory: torch.Tensor, num_beams: int) -> list[list[Hypothesis]]:
         start = torch.full((len(memory), 1), self.start_id, device=memory.device)

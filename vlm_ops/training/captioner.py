@@ -140,12 +140,18 @@ class CaptionerTask:
         return captioning_figures(sentences, self._validation)["CIDEr-D"]
 
 
-def best_sentences(module: Any, data: CaptionedImages, num_beams: int, device: str) -> list[Hypothesis]:
-    """What the captioner writes of each image by itself."""
+def best_sentences(
+    module: Any, data: CaptionedImages, num_beams: int, device: str, num_wanted: int | None = None
+) -> list[Hypothesis]:
+    """What the captioner writes of each image by itself.
+
+    Args:
+        num_wanted: As for `Writer.write`.
+    """
     return [
         hypotheses[0]
         for chunk in chunks(len(data), _CHUNK)
-        for hypotheses in module.write(data.image_inputs(chunk, device), num_beams)
+        for hypotheses in module.write(data.image_inputs(chunk, device), num_beams, num_wanted)
     ]
 
 
