@@ -228,6 +228,19 @@ class InspectOptions(CatalogOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Flags of `beamsight doctor`; none is needed."""
+
+    catalog: str | None
+    model: tuple[str, ...]
+    input: tuple[str, ...]
+    device: str
+    load: bool
+    json: bool
+    storage_options: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions(CatalogOptions):
     """Flags of `beamsight export`. `per` and `creator_type` are for `jsonld`, `sitemap_url` for `sitemap`,
     `product_field` and `titles` for `merchant`, `raw_texts` for `csv`."""
@@ -627,6 +640,33 @@ def parse_inspect(argv: Sequence[str]) -> InspectOptions:
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     _add_storage(parser)
     return InspectOptions(**vars(parser.parse_args(argv)))
+
+
+def parse_doctor(argv: Sequence[str]) -> DoctorOptions:
+    parser = _parser("doctor", "Says whether this machine is ready for a run: packages, processor, cards, disk, storage and models. "
+                     "Changes nothing, asks no network but the storage that is named, and exits with 1 where something is a problem.")  # fmt: skip
+    add = parser.add_argument
+    add(
+        "--catalog",
+        metavar="DIR",
+        help="also look whether a catalog can be here, and whether the models of its recipe are",
+    )
+    add("--model", nargs="+", action="extend", default=[], metavar="SPEC",
+        help=f"also look for these models (default: those of the catalog, or {DEFAULT_MODEL})")  # fmt: skip
+    add(
+        "--input", nargs="+", action="extend", default=[], metavar="PATTERN", help="also look whether these can be read"
+    )
+    add("--load", action="store_true", help="load the models, and have each encode an image and a text")
+    add(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where models are to run (default: %(default)s)",
+    )
+    add("--json", action="store_true", help="as one JSON object")
+    _add_storage(parser)
+    args = parser.parse_args(argv)
+    return DoctorOptions(**{**vars(args), "model": tuple(args.model), "input": tuple(args.input)})
 
 
 # What becomes of rows that need review unless a flag says otherwise: files for people and programs hold them, with the column

@@ -1,0 +1,252 @@
+"""NVIDIA's driver, torch and the cards: whether they are there, and fit one another."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_ops.diagnosis import Finding, gigabytes, one_line, refused
+from vlm_ops.diagnosis.device_code import Capability, parse_code
+
+# The first driver that runs all of a major version of CUDA
+# (https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
+_FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI's vendor, and its class of displays and 3D controllers
+_FIRST_WITH_BF16 = (8, 0)
+_LITTLE_MEMORY = 2e9
+_TORCH_REMEDY = "install the torch and torchvision for it: https://pytorch.org/get-started/locally"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card that programs may use here (CUDA_VISIBLE_DEVICES hides the others)."""
+
+    name: str
+    capability: Capability
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Driver:
+    """NVIDIA's driver.
+
+    Attributes:
+        cuda: The newest version of CUDA that it can run.
+        version: Its own; None where it cannot be told.
+        error: What it says where it does not work.
+    """
+
+    cuda: tuple[int, int]
+    version: str | None = None
+    cards: tuple[Card, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class TorchBuild:
+    """What the installed torch is built for.
+
+    Attributes:
+        cuda: None for a build for CPUs alone.
+        architectures: In its words, such as `sm_90`.
+    """
+
+    version: str
+    cuda: tuple[int, int] | None
+    architectures: tuple[str, ...] = ()
+
+
+def check_cuda(device: str) -> Iterator[Finding]:
+    """Driver, torch and each card, and whether models can run where they are to.
+
+    Args:
+        device: As for the commands that run models.
+    """
+    driver = read_driver()
+    yield judge_driver(driver, num_cards_on_bus())
+    try:
+        import torch
+    except Exception as error:  # its shared libraries may be missing
+        told = f"cannot be imported: {one_line(error)}"
+        yield Finding("torch", "problem", told, "pip install --force-reinstall torch torchvision")
+        return
+    build = TorchBuild(torch.__version__, _version(torch.version.cuda), tuple(torch.cuda.get_arch_list()))
+    yield judge_torch(build, driver)
+    if driver and driver.cards and build.cuda:
+        yield from _check_cards(driver, build, torch)
+    yield _check_device(device)
+
+
+def judge_driver(driver: Driver | None, num_on_bus: int) -> Finding:
+    """Args:
+    num_on_bus: Cards of NVIDIA's in the machine, whether or not programs can use them.
+    """
+    if driver is None and num_on_bus:
+        told = f"none, but {num_on_bus} NVIDIA cards are in this machine; models run on the CPU"
+        remedy = "install NVIDIA's driver, or start the container with its cards (docker run --gpus all)"
+        return Finding("driver", "problem", told, remedy)
+    if driver is None:
+        return Finding("driver", "ok", "no NVIDIA driver and no card; models run on the CPU")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    told = f"{driver.version or 'of unknown version'}, for CUDA up to {_text(driver.cuda)}, {_cards(driver)}"
+    told += f" (CUDA_VISIBLE_DEVICES={hidden})" if hidden is not None else ""
+    if driver.error:
+        remedy = "restart the machine or the container: after an update of the driver its parts may be of two versions"
+        return Finding("driver", "problem", f"{told}; it does not start: {driver.error}", remedy)
+    return Finding("driver", "ok", told)
+
+
+def judge_torch(build: TorchBuild, driver: Driver | None) -> Finding:
+    """Whether torch and the driver fit one another."""
+    has_card = driver is not None and bool(driver.cards)
+    if build.cuda is None:
+        told = f"{build.version}, built without CUDA"
+        if driver is not None and has_card:
+            told += f", beside {_cards(driver)} that it cannot use"
+            return Finding("torch", "problem", told, f"the driver runs CUDA {_text(driver.cuda)}; {_TORCH_REMEDY}")
+        return Finding("torch", "ok", told)
+    told = f"{build.version}, built for CUDA {_text(build.cuda)}"
+    if driver is None or not has_card:
+        return Finding("torch", "ok", told)
+    told += f"; the driver runs up to {_text(driver.cuda)}"
+    if driver.cuda[0] < build.cuda[0]:
+        first = _FIRST_DRIVERS.get(build.cuda[0])
+        wanted = f"driver {first} or newer" if first else f"a driver for CUDA {build.cuda[0]}"
+        return Finding("torch", "problem", told, f"install NVIDIA's {wanted}, or {_TORCH_REMEDY}")
+    if driver.cuda < build.cuda:
+        # Its machine code runs, by NVIDIA's promise for versions with one major number; what is compiled here may not.
+        told += ", which is enough but for --compile"
+        return Finding("torch", "warning", told, f"install a driver for CUDA {_text(build.cuda)}")
+    return Finding("torch", "ok", told)
+
+
+def judge_card(card: Card, build: TorchBuild) -> Finding:
+    """Whether torch has code for a card."""
+    told = f"{card.name}, compute capability {_text(card.capability)}, {gigabytes(card.total_bytes)}"
+    told += ", bfloat16" if card.capability >= _FIRST_WITH_BF16 else ", no bfloat16 units"
+    codes = [parse_code(text) for text in build.architectures]
+    if any(code.runs_on(card.capability) for code in codes):
+        return Finding("card", "ok", told)
+    told += f"; torch has code for {', '.join(build.architectures) or 'no card'}, and none for this one"
+    return Finding("card", "problem", told, f"run on the CPU (--device cpu), or {_TORCH_REMEDY}")
+
+
+def _check_cards(driver: Driver, build: TorchBuild, torch: Any) -> Iterator[Finding]:
+    """Each card, with its free memory, and whether it computes."""
+    for number, card in enumerate(driver.cards):
+        name = f"cuda:{number}"
+        fits = judge_card(card, build)
+        if fits.status != "ok":
+            yield Finding(name, fits.status, fits.told, fits.remedy)
+            continue
+        try:
+            free, _ = torch.cuda.mem_get_info(number)
+            right = torch.ones(8, device=name).sum().item() == 8
+        except RuntimeError as error:
+            remedy = "see whether another program holds the card (nvidia-smi), and whether torch fits the driver"
+            yield Finding(name, "problem", f"{fits.told}; it does not compute: {one_line(error)}", remedy)
+            continue
+        told = f"{fits.told}, {gigabytes(free)} free"
+        if not right:
+            yield Finding(name, "problem", f"{told}; it computes wrongly", "have the card looked at, and use another")
+        elif free < _LITTLE_MEMORY:
+            yield Finding(name, "warning", told, "end other programs on it (nvidia-smi), or use another card")
+        else:
+            yield Finding(name, "ok", told)
+
+
+def _check_device(device: str) -> Finding:
+    from vlm_ops.models import resolve_device
+
+    try:
+        return Finding("--device", "ok", f"{device}: models run on {resolve_device(device)}")
+    except ValueError as error:
+        return refused("--device", error)
+
+
+def read_driver() -> Driver | None:
+    """The driver, by its own library; None where there is none (https://docs.nvidia.com/cuda/cuda-driver-api)."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(number))
+    newest = number.value // 1000, number.value % 1000 // 10
+    code = cuda.cuInit(0)
+    if code == _NO_DEVICE:
+        return Driver(newest, _driver_version())
+    if code:
+        return Driver(newest, _driver_version(), error=_error_text(cuda, code))
+    count = ctypes.c_int()
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    return Driver(newest, _driver_version(), tuple(_read_card(cuda, each) for each in range(count.value)))
+
+
+def _read_card(cuda: ctypes.CDLL, number: int) -> Card:
+    device, name, total = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+    cuda.cuDeviceGet(ctypes.byref(device), number)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+    capability = []
+    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+        value = ctypes.c_int()
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        capability.append(value.value)
+    return Card(name.value.decode(errors="replace"), (capability[0], capability[1]), total.value)
+
+
+def _error_text(cuda: ctypes.CDLL, code: int) -> str:
+    text = ctypes.c_char_p()
+    cuda.cuGetErrorString(code, ctypes.byref(text))
+    return f"{(text.value or b'unknown error').decode()} ({code})"
+
+
+def _driver_version() -> str | None:
+    """Of the kernel's module, which NVML knows; containers may lack either."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        text = ctypes.create_string_buffer(80)
+        if nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0:
+            return text.value.decode()
+    except OSError:
+        pass
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return found[0] if found else None
+
+
+def num_cards_on_bus(bus: Path = Path("/sys/bus/pci/devices")) -> int:
+    """NVIDIA's cards as the kernel sees them, without any driver."""
+    found = 0
+    for folder in bus.iterdir() if bus.is_dir() else ():
+        try:
+            vendor, kind = ((folder / name).read_text(encoding="utf-8") for name in ("vendor", "class"))
+        except OSError:
+            continue
+        found += vendor.strip() == _NVIDIA and kind.startswith(_DISPLAY)
+    return found
+
+
+def _version(text: str | None) -> tuple[int, int] | None:
+    if not text:
+        return None
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _text(version: Sequence[int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _cards(driver: Driver) -> str:
+    return f"{len(driver.cards) or 'no'} card{'' if len(driver.cards) == 1 else 's'}"

@@ -1,0 +1,186 @@
+"""Where a run reads and writes: free space, the catalog's folder, the inputs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlm_ops.diagnosis import Finding, gigabytes, one_line, refused
+
+_LITTLE_SPACE = 2e9
+_PATIENCE_SEC = 10.0
+_LISTING_PATIENCE_SEC = 20.0
+_FIRST_BYTES = 4096
+
+_T = TypeVar("_T")
+
+
+def check_disk(catalog: str | None) -> Iterator[Finding]:
+    """Free space where a run keeps files, and whether it may."""
+    from vlm_ops import storage
+    from vlm_ops.models.onnx_engine import cache_dir
+
+    try:
+        yield check_folder("temporary files", Path(tempfile.gettempdir()), is_needed=True)
+    except FileNotFoundError as error:
+        yield Finding("temporary files", "problem", f"there is no place for them: {error}", "set TMPDIR")
+    yield check_folder("cache", cache_dir(), remedy="set BEAMSIGHT_CACHE; what cannot be kept is made at every start")
+    yield check_folder("models", hub_cache(), remedy="set HF_HUB_CACHE, for models of the Hugging Face hub")
+    if catalog is not None and storage.is_local(catalog):
+        yield check_folder("catalog", Path(storage.normalise(catalog)), is_needed=True)
+    if (shared := Path("/dev/shm")).is_dir():
+        yield Finding("shared memory", "ok", f"{gigabytes(shutil.disk_usage(shared).total)} at {shared}")
+
+
+def check_folder(name: str, folder: Path, remedy: str = "", is_needed: bool = False) -> Finding:
+    """Free space of a folder that is there, or will be made.
+
+    Args:
+        remedy: Where it cannot be written, besides allowing it.
+        is_needed: Whether nothing goes on without it.
+    """
+    there = folder
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    told = f"{gigabytes(free)} free at {folder}"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "no permission, or read-only" if there.is_dir() else "no directory"
+        advice = f"allow it, or {remedy}" if remedy else "allow it, or name another place"
+        return Finding(name, "problem" if is_needed else "warning", f"{told}, which cannot be written: {reason} ({there})", advice)  # fmt: skip
+    if free < _LITTLE_SPACE:
+        return Finding(name, "warning", told, f"make room: less than {gigabytes(_LITTLE_SPACE)} is soon full")
+    return Finding(name, "ok", told)
+
+
+def hub_cache(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where huggingface_hub keeps models (its `constants.py`), without importing it."""
+    if found := environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(found).expanduser()
+    cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(environment.get("HF_HOME") or f"{cache}/huggingface").expanduser() / "hub"
+
+
+def check_catalog_access(catalog: str, storage_options: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether a catalog can be here: a small file is written below its folder, kept from being written again, read, listed
+    and deleted. Nothing stays behind."""
+    from vlm_ops import storage
+
+    try:
+        within(lambda: storage.check_writable(catalog, storage_options))
+        name = f".beamsight-doctor-{uuid.uuid4().hex[:8]}"
+        told = within(lambda: _try_out(f"{_folder_that_is_there(storage.normalise(catalog))}/{name}", storage_options))
+    except TimeoutError:
+        told = f"{catalog}: no answer within {_PATIENCE_SEC:g} seconds"
+        remedy = "see whether the storage, and its endpoint in --storage_options, can be reached at all"
+        yield Finding("catalog", "problem", told, remedy)
+    except ValueError as error:
+        yield refused("catalog", error)
+    except Exception as error:  # of any library below fsspec
+        remedy = "check the permissions: list, read, write and delete are needed (docs/storage.md)"
+        yield Finding("catalog", "problem", f"{catalog}: {one_line(error)}", remedy)
+    else:
+        yield Finding("catalog", *told)
+
+
+def check_inputs(patterns: Sequence[str], storage_options: Mapping[str, Any]) -> Iterator[Finding]:
+    """Each pattern."""
+    for pattern in patterns:
+        yield from check_input(pattern, storage_options)
+
+
+def check_input(pattern: str, storage_options: Mapping[str, Any]) -> Iterator[Finding]:
+    """What an input pattern names, and whether the first of it can be read."""
+    from vlm_ops.inputs import InputConfig, list_inputs
+
+    try:
+        config = InputConfig((pattern,), storage_options=storage_options)
+        listing = within(lambda: list_inputs(config), _LISTING_PATIENCE_SEC)
+        files = [each for place in listing.files.values() for each in place]
+        first = next(each.uri for each in (*listing.shards, *files))
+        within(lambda: _read_start(first, storage_options))
+    except TimeoutError:
+        told = f"{pattern}: not listed within {_LISTING_PATIENCE_SEC:g} seconds; there is very much, or no answer"
+        yield Finding("input", "unknown", told, "beamsight build --dry_run lists to the end")
+    except (ValueError, FileNotFoundError) as error:
+        yield refused("input", error)
+    except Exception as error:  # of any library below fsspec
+        yield Finding("input", "problem", f"{pattern}: {one_line(error)}", "check its name and who may read it")
+    else:
+        told = f"{pattern}: {len(listing.shards)} shards and {len(files)} single files; the first one can be read"
+        yield Finding("input", "ok", told)
+
+
+def within(action: Callable[[], _T], seconds: float = _PATIENCE_SEC) -> _T:
+    """What an action gives, if it does so in time. Storage libraries ask again for minutes.
+
+    Raises:
+        TimeoutError: It did not; it is left alone, in a thread that does not keep the program from ending.
+    """
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} seconds")
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _try_out(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str, str]:
+    """Status, what is told, and remedy."""
+    from vlm_ops import storage
+
+    fs = storage.filesystem(uri, storage_options)
+    folder, _, name = uri.rpartition("/")
+    first, second = uuid.uuid4().bytes, uuid.uuid4().bytes
+    steps = "written"
+    try:
+        for data in (first, second):
+            with storage.replacing(uri, storage_options, only_if_absent=True) as path:
+                Path(path).write_bytes(data)
+        steps += ", read"
+        found = storage.read_bytes(uri, storage_options)
+        if found == second:
+            told = f"{folder}: a file that is there can be replaced unasked, so two runs at once may spoil the catalog"
+            return "problem", told, "use a storage with conditional writes (docs/storage.md)"
+        if found != first:
+            return "problem", f"{folder}: what was written is not what is read", "use another storage"
+        steps += ", listed"
+        fs.invalidate_cache()
+        if name not in {str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(folder, detail=False)}:
+            return "problem", f"{folder}: a file that was written is not listed", "use another storage"
+    finally:
+        storage.remove(uri, storage_options)
+    return "ok", f"{folder}: a small file was {steps} and deleted", ""
+
+
+def _folder_that_is_there(uri: str) -> str:
+    """A local catalog that is not there yet is not made, so the folder around it is tried."""
+    from vlm_ops import storage
+
+    while storage.is_local(uri) and not os.path.isdir(uri):
+        uri = os.path.dirname(uri)
+    return uri.rstrip("/")
+
+
+def _read_start(uri: str, storage_options: Mapping[str, Any]) -> None:
+    from vlm_ops import storage
+
+    with storage.open_for_reading(uri, storage_options) as file:
+        file.read(_FIRST_BYTES)
