@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from pipelines.options import DoctorOptions
+from pipelines.options import DoctorOptions, model_settings
 from schemas.recipes import DEFAULT_MODEL
 from vlm_ops.diagnosis import Finding, examine
 from vlm_ops.diagnosis.cuda import check_cuda
@@ -65,10 +65,11 @@ def _groups(options: DoctorOptions) -> Mapping[str, Callable[[], Iterable[Findin
 def _check_models(options: DoctorOptions) -> Iterator[Finding]:
     """Those of the catalog and those that are named; without any, the default one."""
     yield judge_hub()
+    settings = model_settings(options)
     if options.catalog:
-        yield from check_recipe(options.catalog, options.storage_options, options.device, options.load)
+        yield from check_recipe(options.catalog, options.storage_options, settings, options.load)
     for spec in options.model or (() if options.catalog else (DEFAULT_MODEL,)):
-        yield from check_model(spec, options.device, options.load)
+        yield from check_model(spec, settings, options.load)
 
 
 def _check_local_runner() -> Iterator[Finding]:

@@ -259,8 +259,9 @@ class DoctorOptions:
     catalog: str | None
     model: tuple[str, ...]
     input: tuple[str, ...]
-    device: str
     load: bool
+    device: str
+    trust_remote_code: bool
     json: bool
     storage_options: dict[str, Any]
 
@@ -668,25 +669,18 @@ def parse_inspect(argv: Sequence[str]) -> InspectOptions:
 
 def parse_doctor(argv: Sequence[str]) -> DoctorOptions:
     parser = _parser("doctor", "Says whether this machine is ready for a run: packages, processor, cards, disk, storage and models. "
-                     "Changes nothing, asks no network but the storage that is named, and exits with 1 where something is a problem.")  # fmt: skip
+                     "Exits with 1 where something is a problem. Asks no network but the storage that is named, unless with --load.")  # fmt: skip
     add = parser.add_argument
-    add(
-        "--catalog",
-        metavar="DIR",
-        help="also look whether a catalog can be here, and whether the models of its recipe are",
-    )
+    add("--catalog", metavar="DIR",
+        help="look also whether a catalog can be here, and whether the models of its recipe can be had")  # fmt: skip
     add("--model", nargs="+", action="extend", default=[], metavar="SPEC",
-        help=f"also look for these models (default: those of the catalog, or {DEFAULT_MODEL})")  # fmt: skip
-    add(
-        "--input", nargs="+", action="extend", default=[], metavar="PATTERN", help="also look whether these can be read"
-    )
-    add("--load", action="store_true", help="load the models, and have each encode an image and a text")
-    add(
-        "--device",
-        default="auto",
-        choices=("auto", "cpu", "cuda"),
-        help="where models are to run (default: %(default)s)",
-    )
+        help=f"look also for these models (default: those of the catalog, or {DEFAULT_MODEL})")  # fmt: skip
+    add("--input", nargs="+", action="extend", default=[], metavar="PATTERN",
+        help="look also whether these can be listed and read")  # fmt: skip
+    add("--load", action="store_true",
+        help="load the models, fetching those that are not there, and have each encode an image and a text")  # fmt: skip
+    _add_device(parser)
+    _add_trust(parser)
     add("--json", action="store_true", help="as one JSON object")
     _add_storage(parser)
     args = parser.parse_args(argv)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_ops.diagnosis import Finding, gigabytes, one_line, refused
+from vlm_ops.diagnosis import Finding, gigabytes, one_line
 from vlm_ops.diagnosis.device_code import Capability, parse_code
 
 # The first driver that runs all of a major version of CUDA
@@ -163,12 +163,15 @@ def _check_cards(driver: Driver, build: TorchBuild, torch: Any) -> Iterator[Find
 
 
 def _check_device(device: str) -> Finding:
-    from vlm_ops.models import resolve_device
+    from vlm_ops.models.settings import resolve_device
 
     try:
         return Finding("--device", "ok", f"{device}: models run on {resolve_device(device)}")
     except ValueError as error:
-        return refused("--device", error)
+        told = str(error).partition(";")[0]
+        return Finding(
+            "--device", "problem", told, "name one that is there; what is said of driver and torch may tell why"
+        )
 
 
 def read_driver() -> Driver | None:

@@ -26,7 +26,7 @@ def check_packages() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding(_OURS, "problem", "is not installed as a package", "pip install . in its folder")
         return
-    yield judge_python(platform.python_version(), ours.metadata.get("Requires-Python") or "")
+    yield judge_python(platform.python_version(), "".join(_field(ours, "Requires-Python")))
     yield Finding(_OURS, "ok", f"{ours.version}, in {Path(__file__).parents[2]}")
     distributions = {_normal(each.name): each for each in metadata.distributions() if each.name}
     installed = {name: each.version for name, each in distributions.items()}
@@ -36,7 +36,7 @@ def check_packages() -> Iterator[Finding]:
     yield from judge_requirements(ours.requires or [], installed, providers)
     needs = {name: each.requires or [] for name, each in distributions.items() if name in _named(ours.requires or [])}
     yield from judge_conflicts(needs, installed)
-    yield from judge_extras(ours.requires or [], ours.metadata.get_all("Provides-Extra") or [], installed)
+    yield from judge_extras(ours.requires or [], _field(ours, "Provides-Extra"), installed)
 
 
 def judge_python(version: str, wanted: str) -> Finding:
@@ -132,6 +132,10 @@ def _parsed(requirements: Sequence[str], extra: str) -> Iterator[Requirement]:
 
 def _named(requirements: Sequence[str]) -> set[str]:
     return {_normal(requirement.name) for requirement in _parsed(requirements, extra="")}
+
+
+def _field(distribution: metadata.Distribution, name: str) -> list[str]:
+    return distribution.metadata.get_all(name) or []
 
 
 def _normal(name: str) -> str:

@@ -75,7 +75,8 @@ def check_catalog_access(catalog: str, storage_options: Mapping[str, Any]) -> It
     try:
         within(lambda: storage.check_writable(catalog, storage_options))
         name = f".beamsight-doctor-{uuid.uuid4().hex[:8]}"
-        told = within(lambda: _try_out(f"{_folder_that_is_there(storage.normalise(catalog))}/{name}", storage_options))
+        uri = f"{_folder_that_is_there(storage.normalise(catalog))}/{name}"
+        yield within(lambda: _try_out(uri, storage_options))
     except TimeoutError:
         told = f"{catalog}: no answer within {_PATIENCE_SEC:g} seconds"
         remedy = "see whether the storage, and its endpoint in --storage_options, can be reached at all"
@@ -85,8 +86,6 @@ def check_catalog_access(catalog: str, storage_options: Mapping[str, Any]) -> It
     except Exception as error:  # of any library below fsspec
         remedy = "check the permissions: list, read, write and delete are needed (docs/storage.md)"
         yield Finding("catalog", "problem", f"{catalog}: {one_line(error)}", remedy)
-    else:
-        yield Finding("catalog", *told)
 
 
 def check_inputs(patterns: Sequence[str], storage_options: Mapping[str, Any]) -> Iterator[Finding]:
@@ -102,8 +101,8 @@ def check_input(pattern: str, storage_options: Mapping[str, Any]) -> Iterator[Fi
     try:
         config = InputConfig((pattern,), storage_options=storage_options)
         listing = within(lambda: list_inputs(config), _LISTING_PATIENCE_SEC)
-        files = [each for place in listing.files.values() for each in place]
-        first = next(each.uri for each in (*listing.shards, *files))
+        files = [file.uri for place in listing.files.values() for file in place]
+        first = next(iter([*(shard.uri for shard in listing.shards), *files]))
         within(lambda: _read_start(first, storage_options))
     except TimeoutError:
         told = f"{pattern}: not listed within {_LISTING_PATIENCE_SEC:g} seconds; there is very much, or no answer"
@@ -142,32 +141,29 @@ def within(action: Callable[[], _T], seconds: float = _PATIENCE_SEC) -> _T:
     return results[0]
 
 
-def _try_out(uri: str, storage_options: Mapping[str, Any]) -> tuple[Any, str, str]:
-    """Status, what is told, and remedy."""
+def _try_out(uri: str, storage_options: Mapping[str, Any]) -> Finding:
+    """Writes a file twice, of which the first one must stay, and looks for it."""
     from vlm_ops import storage
 
     fs = storage.filesystem(uri, storage_options)
     folder, _, name = uri.rpartition("/")
     first, second = uuid.uuid4().bytes, uuid.uuid4().bytes
-    steps = "written"
     try:
         for data in (first, second):
             with storage.replacing(uri, storage_options, only_if_absent=True) as path:
                 Path(path).write_bytes(data)
-        steps += ", read"
         found = storage.read_bytes(uri, storage_options)
-        if found == second:
-            told = f"{folder}: a file that is there can be replaced unasked, so two runs at once may spoil the catalog"
-            return "problem", told, "use a storage with conditional writes (docs/storage.md)"
-        if found != first:
-            return "problem", f"{folder}: what was written is not what is read", "use another storage"
-        steps += ", listed"
         fs.invalidate_cache()
-        if name not in {str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(folder, detail=False)}:
-            return "problem", f"{folder}: a file that was written is not listed", "use another storage"
+        listed = {str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(folder, detail=False)}
     finally:
         storage.remove(uri, storage_options)
-    return "ok", f"{folder}: a small file was {steps} and deleted", ""
+    if found == second:
+        told = f"{folder}: a file that is there is replaced unasked, so two runs at once would spoil the catalog"
+        return Finding("catalog", "problem", told, "use a storage with conditional writes (docs/storage.md)")
+    if found != first or name not in listed:
+        told = f"{folder}: what was written is not what is {'listed' if found == first else 'read'}"
+        return Finding("catalog", "problem", told, "use another storage")
+    return Finding("catalog", "ok", f"{folder}: a small file was written, read, listed and deleted")
 
 
 def _folder_that_is_there(uri: str) -> str:

@@ -12,7 +12,7 @@ from vlm_ops.diagnosis import Finding, gigabytes, one_line
 
 # What speeds models up, by the flags of /proc/cpuinfo (Linux, arch/x86/include/asm/cpufeatures.h and
 # Documentation/arch/arm64/elf_hwcaps.rst).
-_INSTRUCTIONS = {
+_INSTRUCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "AVX2": ("avx2",), "AVX-512": ("avx512f",), "VNNI (int8)": ("avx512_vnni", "avx_vnni"),
         "AVX-512 BF16": ("avx512_bf16",), "AMX": ("amx_tile",),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from vlm_ops.diagnosis import Finding, one_line, refused
 from vlm_ops.diagnosis.places import hub_cache, within
 
 if TYPE_CHECKING:
     from schemas.recipes import OpSpec, Recipe
+    from vlm_ops.models import ImageModel
+    from vlm_ops.models.settings import ModelSettings
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -28,12 +31,14 @@ def judge_hub(environment: Mapping[str, str] = os.environ) -> Finding:
     return Finding("hub", "ok", told)
 
 
-def check_recipe(catalog: str, storage_options: Mapping[str, Any], device: str, load: bool) -> Iterator[Finding]:
+def check_recipe(
+    catalog: str, storage_options: Mapping[str, Any], settings: ModelSettings, load: bool
+) -> Iterator[Finding]:
     """Whether each op of a catalog's recipe, with its model in the same revision, can be had here.
 
     Args:
-        device: Where the models are to run.
-        load: Whether to load them and have them encode something.
+        settings: Where the models are to run.
+        load: Whether to load them and have them encode something, which may fetch them.
     """
     from schemas.catalog import CatalogLayout
     from vlm_ops import storage
@@ -51,23 +56,48 @@ def check_recipe(catalog: str, storage_options: Mapping[str, Any], device: str, 
     recipe = commit.record.recipe
     yield Finding("recipe", "ok", f"{recipe.recipe_id} of run {commit.record.run_id}: {len(recipe.ops)} ops")
     for name, ops in _by_model(recipe).items():
-        yield from _check_ops(name, ops, device, load)
+        yield from _check_ops(name, ops, settings, load)
 
 
-def check_model(spec: str, device: str, load: bool) -> Iterator[Finding]:
+def check_model(spec: str, settings: ModelSettings, load: bool) -> Iterator[Finding]:
     """Whether a model spec stands for something here; with `load`, whether it works."""
-    from vlm_ops.models import describe_model
+    from vlm_ops.models import describe_model, load_image_model
 
     try:
-        info = describe_model(spec)
-    except Exception as error:
+        with _network(load):
+            info = describe_model(spec, settings)
+        sides = [f"images give {', '.join(sorted(info.produces))}"] if info.produces else []
+        sides += ["texts give embeddings"] if info.encodes_text else []
+        yield Finding(spec, "ok", f"revision {info.revision}; {'; '.join(sides)}")
+        if load and info.produces:
+            yield _encoded_image(spec, lambda: load_image_model(spec, settings))
+        if load and info.encodes_text:
+            yield _encoded_text(spec)
+    except Exception as error:  # of any model's library
         yield _failed(spec, error)
-        return
-    sides = [f"images give {', '.join(sorted(info.produces))}"] if info.produces else []
-    sides += ["texts give embeddings"] if info.encodes_text else []
-    yield Finding(spec, "ok", f"revision {info.revision}; {'; '.join(sides)}")
-    if load:
-        yield from _load(spec, info.produces, info.encodes_text, device)
+
+
+def _check_ops(name: str, ops: Sequence[OpSpec], settings: ModelSettings, load: bool) -> Iterator[Finding]:
+    """Those that share a model, or one that has none."""
+    from vlm_ops.models import describe_model
+    from vlm_ops.ops import check_installed, load_ops
+
+    try:
+        with _network(load):
+            check_installed(ops, settings)
+        if ops[0].model is None:
+            if load:
+                load_ops(ops, settings)
+            yield Finding(name, "ok", "loaded" if load else "can be loaded")
+            return
+        names = ", ".join(op.name for op in ops)
+        yield Finding(name, "ok", f"revision {ops[0].revision}, that of the catalog, for {names}")
+        if load:
+            yield _encoded_image(name, lambda: cast(Any, load_ops(ops, settings)[0]).model)
+            if describe_model(name, settings).encodes_text:
+                yield _encoded_text(name)
+    except Exception as error:  # of any model's library
+        yield _failed(name, error)
 
 
 def _by_model(recipe: Recipe) -> dict[str, list[OpSpec]]:
@@ -78,55 +108,49 @@ def _by_model(recipe: Recipe) -> dict[str, list[OpSpec]]:
     return found
 
 
-def _check_ops(name: str, ops: list[OpSpec], device: str, load: bool) -> Iterator[Finding]:
-    from vlm_ops.models import describe_model
-    from vlm_ops.ops import check_installed, load_ops
-
-    try:
-        check_installed(ops)
-        if ops[0].model is None:
-            if load:
-                load_ops(ops, device)
-            yield Finding(name, "ok", "can be loaded" if not load else "loaded")
-            return
-    except Exception as error:
-        yield _failed(name, error)
-        return
-    yield Finding(name, "ok", f"revision {ops[0].revision}, as in the catalog, for {', '.join(op.name for op in ops)}")
-    if load:
-        info = describe_model(name)
-        yield from _load(name, info.produces, info.encodes_text, device)
-
-
-def _load(spec: str, produces: frozenset[str], encodes_text: bool, device: str) -> Iterator[Finding]:
-    """One black image, and one text, through the model."""
+def _encoded_image(spec: str, load: Callable[[], ImageModel]) -> Finding:
+    """A black image through a model."""
     import numpy as np
 
-    from vlm_ops.models import load_image_model, load_text_model
+    started = time.perf_counter()
+    model = load()
+    size = model.preprocessing.size
+    pixels = np.zeros((1, 3, size, size), np.uint8)
+    model.encode_images(list(pixels) if model.preprocessing.fit == "contain" else pixels)
+    told = f"loaded, and encoded an image of {size} x {size} pixels, in {time.perf_counter() - started:.1f} s"
+    return Finding(spec, "ok", told)
 
-    name = f"{spec}, loaded"
+
+def _encoded_text(spec: str) -> Finding:
+    from vlm_ops.models import load_text_model
+
+    started = time.perf_counter()
+    vectors = load_text_model(spec).encode_texts(["a photo"])
+    told = f"loaded, and encoded a text into {vectors.shape[1]} dimensions, in {time.perf_counter() - started:.1f} s"
+    return Finding(spec, "ok", told)
+
+
+@contextlib.contextmanager
+def _network(may_be_used: bool) -> Iterator[None]:
+    """Whether models may be fetched meanwhile from the Hugging Face hub: to describe one that is not there would."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not may_be_used
     try:
-        started = time.perf_counter()
-        if produces:
-            model = load_image_model(spec, device)
-            size = model.preprocessing.size
-            pixels: Any = np.zeros((1, 3, size, size), np.uint8)
-            model.encode_images([pixels[0]] if model.preprocessing.fit == "contain" else pixels)
-            yield Finding(name, "ok", f"encoded an image of {size} x {size} pixels, {_since(started)} in all")
-        started = time.perf_counter()
-        if encodes_text:
-            vector = load_text_model(spec, "cpu").encode_texts(["a photo"])
-            yield Finding(name, "ok", f"encoded a text into {vector.shape[1]} dimensions, {_since(started)} in all")
-    except Exception as error:
-        yield _failed(name, error)
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _failed(name: str, error: Exception) -> Finding:
     """In its own words, where it is one of ours; else with its kind."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error.__cause__, OfflineModeIsEnabled) and not constants.HF_HUB_OFFLINE:
+        told = "not in the local Hugging Face cache; the first run would fetch it"
+        return Finding(name, "warning", told, f"beamsight fetch-model {name} --to DIR, or --load, which fetches it now")
     if isinstance(error, (ValueError, FileNotFoundError)) and "; " in str(error):
         return refused(name, error)
-    return Finding(name, "problem", one_line(error), "BEAMSIGHT_DEBUG=1 shows where; or name another model")
-
-
-def _since(started: float) -> str:
-    return f"{time.perf_counter() - started:.1f} s"
+    return Finding(name, "problem", one_line(error), "name another model; BEAMSIGHT_DEBUG=1 shows where it failed")
