@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from vlm_ops.diagnosis import Finding, gigabytes, one_line, refused
 
 _LITTLE_SPACE = 2e9
-_PATIENCE_SEC = 10.0
-_LISTING_PATIENCE_SEC = 20.0
+ANSWER_SEC = 10.0  # that storage has for an answer; its libraries ask again for minutes
+LISTING_SEC = 20.0
 _FIRST_BYTES = 4096
 
 _T = TypeVar("_T")
@@ -73,12 +73,12 @@ def check_catalog_access(catalog: str, storage_options: Mapping[str, Any]) -> It
     from vlm_ops import storage
 
     try:
-        within(lambda: storage.check_writable(catalog, storage_options))
+        within(lambda: storage.check_writable(catalog, storage_options), ANSWER_SEC)
         name = f".beamsight-doctor-{uuid.uuid4().hex[:8]}"
         uri = f"{_folder_that_is_there(storage.normalise(catalog))}/{name}"
-        yield within(lambda: _try_out(uri, storage_options))
+        yield within(lambda: _try_out(uri, storage_options), ANSWER_SEC)
     except TimeoutError:
-        told = f"{catalog}: no answer within {_PATIENCE_SEC:g} seconds"
+        told = f"{catalog}: no answer within {ANSWER_SEC:g} seconds"
         remedy = "see whether the storage, and its endpoint in --storage_options, can be reached at all"
         yield Finding("catalog", "problem", told, remedy)
     except ValueError as error:
@@ -100,12 +100,12 @@ def check_input(pattern: str, storage_options: Mapping[str, Any]) -> Iterator[Fi
 
     try:
         config = InputConfig((pattern,), storage_options=storage_options)
-        listing = within(lambda: list_inputs(config), _LISTING_PATIENCE_SEC)
+        listing = within(lambda: list_inputs(config), LISTING_SEC)
         files = [file.uri for place in listing.files.values() for file in place]
         first = next(iter([*(shard.uri for shard in listing.shards), *files]))
-        within(lambda: _read_start(first, storage_options))
+        within(lambda: _read_start(first, storage_options), ANSWER_SEC)
     except TimeoutError:
-        told = f"{pattern}: not listed within {_LISTING_PATIENCE_SEC:g} seconds; there is very much, or no answer"
+        told = f"{pattern}: not listed within {LISTING_SEC:g} seconds; there is very much, or no answer"
         yield Finding("input", "unknown", told, "beamsight build --dry_run lists to the end")
     except (ValueError, FileNotFoundError) as error:
         yield refused("input", error)
@@ -116,8 +116,8 @@ def check_input(pattern: str, storage_options: Mapping[str, Any]) -> Iterator[Fi
         yield Finding("input", "ok", told)
 
 
-def within(action: Callable[[], _T], seconds: float = _PATIENCE_SEC) -> _T:
-    """What an action gives, if it does so in time. Storage libraries ask again for minutes.
+def within(action: Callable[[], _T], seconds: float) -> _T:
+    """What an action gives, if it does so in time.
 
     Raises:
         TimeoutError: It did not; it is left alone, in a thread that does not keep the program from ending.

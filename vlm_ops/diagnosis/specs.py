@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from vlm_ops.diagnosis import Finding, one_line, refused
-from vlm_ops.diagnosis.places import hub_cache, within
+from vlm_ops.diagnosis.places import ANSWER_SEC, hub_cache, within
 
 if TYPE_CHECKING:
     from schemas.recipes import OpSpec, Recipe
@@ -20,15 +20,13 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def judge_hub(environment: Mapping[str, str] = os.environ) -> Finding:
-    """Whether models may be fetched. The network is not tried."""
-    set_to = next((f"{name}={environment[name]}" for name in _OFFLINE if environment.get(name)), None)
-    is_offline = set_to is not None and set_to.partition("=")[2].upper() in ("1", "ON", "YES", "TRUE")
-    told = f"offline ({set_to}): hf: models come" if is_offline else "not offline: hf: models that are not there come"
-    told += " from directories and" if is_offline else " from the network; kept are"
-    told += f" those in {hub_cache(environment)}"
-    if endpoint := environment.get("HF_ENDPOINT"):
-        told += f"; HF_ENDPOINT={endpoint}"
-    return Finding("hub", "ok", told)
+    """Whether models of the Hugging Face hub may be fetched (huggingface_hub, `constants.py`). The network is not tried."""
+    cache = hub_cache(environment)
+    endpoint = environment.get("HF_ENDPOINT") or "https://huggingface.co"
+    switches = [f"{name}={environment[name]}" for name in _OFFLINE if environment.get(name)]
+    if switches and switches[0].partition("=")[2].upper() in ("1", "ON", "YES", "TRUE"):
+        return Finding("hub", "ok", f"offline ({switches[0]}): models hf:REPO are taken from {cache} alone")
+    return Finding("hub", "ok", f"models hf:REPO that are not in {cache} are fetched from {endpoint}")
 
 
 def check_recipe(
@@ -46,7 +44,7 @@ def check_recipe(
 
     layout = CatalogLayout(storage.normalise(catalog))
     try:
-        commit = within(lambda: newest_commit(layout, storage_options))
+        commit = within(lambda: newest_commit(layout, storage_options), ANSWER_SEC)
     except Exception as error:  # which the check of the storage has told at length
         yield Finding("recipe", "unknown", f"the catalog cannot be read: {one_line(error)}")
         return
