@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pipelines.options import DoctorOptions, model_settings
 from schemas.recipes import DEFAULT_MODEL
 from vlm_ops.diagnosis import Finding, examine
+from vlm_ops.diagnosis.cpu import check_cpu
 from vlm_ops.diagnosis.cuda import check_cuda
 from vlm_ops.diagnosis.faiss_build import check_faiss
 from vlm_ops.diagnosis.packages import check_packages
 from vlm_ops.diagnosis.places import check_catalog_access, check_disk, check_inputs
-from vlm_ops.diagnosis.processors import check_processor
 from vlm_ops.diagnosis.specs import check_model, check_recipe, judge_hub
 
 _WIDTH = 100
@@ -49,7 +49,7 @@ def _groups(options: DoctorOptions) -> Mapping[str, Callable[[], Iterable[Findin
     catalog, storage_options = options.catalog, options.storage_options
     return {
         "packages": check_packages,
-        "processor": check_processor,
+        "cpu": check_cpu,
         "cuda": lambda: check_cuda(options.device),
         "faiss": check_faiss,
         "disk": lambda: check_disk(catalog),

@@ -45,7 +45,7 @@ def test_a_machine_that_is_ready(toy: Path, capsys: pytest.CaptureFixture) -> No
     before = sorted(path for path in toy.rglob("*"))
     where = ["--catalog", str(toy / "catalog"), "--input", str(toy / "photos"), "--device", "cpu", "--load"]
     found = findings(where, capsys, 0)
-    assert list(found) == ["packages", "processor", "cuda", "faiss", "disk", "storage", "models", "local runner"]
+    assert list(found) == ["packages", "cpu", "cuda", "faiss", "disk", "storage", "models", "local runner"]
     assert all(each["status"] in ("ok", "warning", "unknown") for group in found.values() for each in group.values())
     assert found["storage"]["catalog"]["told"].endswith("a small file was written, read, listed and deleted")
     assert found["storage"]["input"]["told"].endswith("0 shards and 2 single files; the first one can be read")
@@ -91,9 +91,9 @@ def test_a_check_that_fails_stops_no_other(capsys: pytest.CaptureFixture, monkey
         raise OSError("the disk is gone")
         yield
 
-    monkeypatch.setattr(doctor, "check_processor", broken)
+    monkeypatch.setattr(doctor, "check_cpu", broken)
     found = findings(["--device", "cpu"], capsys, 1)
-    assert found["processor"]["check"]["told"] == "could not be looked at any further: OSError: the disk is gone"
+    assert found["cpu"]["check"]["told"] == "could not be looked at any further: OSError: the disk is gone"
     assert found["models"]["compact"]["status"] == "ok"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +19,15 @@ from hypothesis import strategies as st
 from tests.conftest import jpeg
 from tests.servers import Store, moto_store
 from vlm_ops.diagnosis import Finding, examine
+from vlm_ops.diagnosis.cpu import (
+    CgroupLimits,
+    cgroup_limits,
+    check_cpu,
+    judge_cores,
+    judge_instructions,
+    judge_memory,
+    judge_threads,
+)
 from vlm_ops.diagnosis.cuda import (
     Card,
     Driver,
@@ -39,15 +50,6 @@ from vlm_ops.diagnosis.packages import (
     judge_rivals,
 )
 from vlm_ops.diagnosis.places import check_catalog_access, check_folder, check_input, check_inputs, hub_cache, within
-from vlm_ops.diagnosis.processors import (
-    CgroupLimits,
-    cgroup_limits,
-    check_processor,
-    judge_cores,
-    judge_instructions,
-    judge_memory,
-    judge_threads,
-)
 from vlm_ops.diagnosis.specs import check_model, judge_hub
 from vlm_ops.models.settings import ModelSettings
 
@@ -227,8 +229,8 @@ def test_limits_of_control_groups_of_version_1(tmp_path: Path) -> None:
     assert cgroup_limits(proc, root).cores is None
 
 
-def test_the_processor_of_this_machine() -> None:
-    found = {each.name: each for each in check_processor()}
+def test_the_cpu_of_this_machine() -> None:
+    found = {each.name: each for each in check_cpu()}
     assert list(found) == ["cores", "instructions", "memory", "threads", "onnxruntime"]
     assert found["cores"].told.endswith(f"of {os.cpu_count()} usable") or found["cores"].status == "warning"
     assert "CPU" in found["onnxruntime"].told
@@ -245,12 +247,19 @@ def write(path: Path, text: str) -> None:
 def test_drivers() -> None:
     assert judge_driver(None, 0).status == "ok"
     without = judge_driver(None, 2)
-    assert without.status == "problem" and without.told.startswith("none, but 2 NVIDIA cards are in this machine")
+    assert (without.status, without.told) == ("problem", "none, but this machine has 2 cards of NVIDIA's")
     assert "docker run --gpus all" in without.remedy
     broken = judge_driver(
         driver((13, 0), error="system has unsupported display driver / cuda driver combination (803)"), 1
     )
     assert broken.status == "problem" and broken.told.endswith("it does not start: system has unsupported display driver / cuda driver combination (803)")  # fmt: skip
+
+
+def test_a_driver_that_reaches_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert judge_driver(driver((13, 0)), 1).told.endswith("no cards, but this machine has 1 card of NVIDIA's")
+    assert judge_driver(driver((13, 0)), 1).status == "problem"
+    assert judge_driver(driver((13, 0)), 0).status == "ok"
 
 
 def test_the_driver_says_which_cards_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,16 +274,11 @@ def test_the_driver_says_which_cards_are_hidden(monkeypatch: pytest.MonkeyPatch)
     [
         ((13, 0), (13, 0), "ok", ""),
         ((12, 8), (13, 0), "ok", ""),
-        ((13, 2), (13, 0), "warning", "install a driver for CUDA 13.2"),
-        (
-            (13, 2),
-            (12, 9),
-            "problem",
-            "install NVIDIA's driver 580 or newer, or install the torch and torchvision for it",
-        ),
+        ((13, 2), (13, 0), "ok", ""),
+        ((13, 2), (12, 9), "problem", "install NVIDIA's driver 580 or newer, or torch and torchvision for CUDA 12.9"),
         ((12, 1), (11, 8), "problem", "install NVIDIA's driver 525 or newer, or"),
-        ((15, 0), (13, 0), "problem", "install NVIDIA's a driver for CUDA 15, or"),
-        (None, (12, 9), "problem", "the driver runs CUDA 12.9; install the torch and torchvision for it"),
+        ((15, 0), (13, 0), "problem", "install a driver for CUDA 15, or"),
+        (None, (12, 9), "problem", "install torch and torchvision for CUDA 12.9 or older"),
     ],
 )
 def test_torch_and_the_driver(
@@ -308,6 +312,44 @@ def test_cards_on_the_bus(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     assert num_cards_on_bus(tmp_path) == 1  # neither its sound, nor other makers' cards
     assert num_cards_on_bus(tmp_path / "none") == 0
+
+
+STUB = """
+#include <stddef.h>
+#include <string.h>
+int cuDriverGetVersion(int *version) { *version = 13020; return 0; }
+int cuInit(unsigned int flags) { return CODE; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int number) { *device = number + 5; return 0; }
+int cuDeviceGetName(char *name, int length, int device) { strncpy(name, device == 5 ? "Card A" : "Card B", length); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t)device << 33; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 12 : attribute == 76 ? 1 : -1; return 0; }
+int cuGetErrorString(int code, const char **text) { *text = "odd driver"; return 0; }
+int nvmlInit_v2(void) { return 0; }
+int nvmlSystemGetDriverVersion(char *version, unsigned int length) { strncpy(version, "595.10", length); return 0; }
+"""  # as in cuda.h and nvml.h
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (0, Driver((13, 2), "595.10", (Card("Card A", (12, 1), 5 << 33), Card("Card B", (12, 1), 6 << 33)))),
+        (100, Driver((13, 2), "595.10")),
+        (803, Driver((13, 2), "595.10", error="odd driver (803)")),
+    ],
+)
+def test_a_driver_is_read_by_its_library(tmp_path: Path, code: int, told: Driver) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path / "libcuda.so.1"
+    command = [compiler, "-shared", "-fPIC", f"-DCODE={code}", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(command, input=STUB, text=True, check=True)
+    assert read_driver(str(library), str(library)) == told
+
+
+def test_without_a_driver_there_is_none(tmp_path: Path) -> None:
+    assert read_driver(str(tmp_path / "libcuda.so.1")) is None
 
 
 @pytest.mark.skipif(read_driver() is not None, reason="needs a machine without NVIDIA's driver")
@@ -431,6 +473,9 @@ def test_faiss_and_the_cards() -> None:
     assert (fits.status, fits.told) == ("ok", "has code for sm_70, sm_80, sm_90; fits Tesla T4")
     (partly,) = judge_device_code(binaries, driver((13, 0), T4, H100), 2)
     assert partly.status == "warning" and partly.told.endswith("and none in 1 of its 2 parts for NVIDIA H100 (sm_90)")
+    with_ptx = [codes | {parse_code("compute_90")} for codes in binaries]
+    (translated,) = judge_device_code(with_ptx, driver((13, 0), H100), 1)
+    assert translated.told.endswith("; fits NVIDIA H100 (translated by the driver at its first use)")
     (unfit,) = judge_device_code(binaries, driver((13, 0), K80), 1)
     assert unfit.told.endswith("and none for Tesla K80 (sm_37)")
     (unseen,) = judge_device_code(binaries, driver((11, 4), T4), 0)

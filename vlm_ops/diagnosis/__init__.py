@@ -1,7 +1,7 @@
 """What may be wrong with a machine before a run is: checks that say what they find, each with its remedy.
 
     packages.py     Python and the packages, against what the installed Beamsight asks for
-    processors.py   cores, instruction sets, memory and threads
+    cpu.py          cores, instruction sets, memory and threads
     cuda.py         driver, torch and cards; device_code.py: which cards a compiled library has code for
     faiss_build.py  the FAISS that is installed
     places.py       free space, the hub's cache, catalogs and inputs

@@ -16,12 +16,14 @@ from vlm_ops.diagnosis.device_code import Capability, parse_code
 # The first driver that runs all of a major version of CUDA
 # (https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html).
 _FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}
+_CUDA_LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+_NVML_LIBRARY = "nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI's vendor, and its class of displays and 3D controllers
 _FIRST_WITH_BF16 = (8, 0)
 _LITTLE_MEMORY = 2e9
-_TORCH_REMEDY = "install the torch and torchvision for it: https://pytorch.org/get-started/locally"
+_TORCH_INSTALLER = "https://pytorch.org/get-started/locally"
 
 
 @dataclass(frozen=True)
@@ -88,42 +90,36 @@ def judge_driver(driver: Driver | None, num_on_bus: int) -> Finding:
     """Args:
     num_on_bus: Cards of NVIDIA's in the machine, whether or not programs can use them.
     """
+    reach = "install NVIDIA's driver, or start the container with its cards (docker run --gpus all)"
     if driver is None and num_on_bus:
-        told = f"none, but {num_on_bus} NVIDIA cards are in this machine; models run on the CPU"
-        remedy = "install NVIDIA's driver, or start the container with its cards (docker run --gpus all)"
-        return Finding("driver", "problem", told, remedy)
+        return Finding("driver", "problem", f"none, but this machine has {_cards(num_on_bus)} of NVIDIA's", reach)
     if driver is None:
         return Finding("driver", "ok", "no NVIDIA driver and no card; models run on the CPU")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    told = f"{driver.version or 'of unknown version'}, for CUDA up to {_text(driver.cuda)}, {_cards(driver)}"
+    told = f"{driver.version or 'of unknown version'}, for CUDA up to {_text(driver.cuda)}, {_cards(len(driver.cards))}"
     told += f" (CUDA_VISIBLE_DEVICES={hidden})" if hidden is not None else ""
     if driver.error:
-        remedy = "restart the machine or the container: after an update of the driver its parts may be of two versions"
+        remedy = "restart the machine or the container: after an update the driver's parts may be of two versions"
         return Finding("driver", "problem", f"{told}; it does not start: {driver.error}", remedy)
+    if num_on_bus and not driver.cards and hidden is None:
+        return Finding("driver", "problem", f"{told}, but this machine has {_cards(num_on_bus)} of NVIDIA's", reach)
     return Finding("driver", "ok", told)
 
 
 def judge_torch(build: TorchBuild, driver: Driver | None) -> Finding:
-    """Whether torch and the driver fit one another."""
-    has_card = driver is not None and bool(driver.cards)
+    """Whether torch and the driver fit one another. Where the major versions of CUDA are equal, they do, by NVIDIA's
+    promise, also where the driver's is the older one."""
+    told = f"{build.version}, built " + (f"for CUDA {_text(build.cuda)}" if build.cuda else "without CUDA")
+    if driver is None or not driver.cards:
+        return Finding("torch", "ok", told)
+    told += f", beside {_cards(len(driver.cards))} and a driver for CUDA up to {_text(driver.cuda)}"
+    other_torch = f"torch and torchvision for CUDA {_text(driver.cuda)} or older: {_TORCH_INSTALLER}"
     if build.cuda is None:
-        told = f"{build.version}, built without CUDA"
-        if driver is not None and has_card:
-            told += f", beside {_cards(driver)} that it cannot use"
-            return Finding("torch", "problem", told, f"the driver runs CUDA {_text(driver.cuda)}; {_TORCH_REMEDY}")
-        return Finding("torch", "ok", told)
-    told = f"{build.version}, built for CUDA {_text(build.cuda)}"
-    if driver is None or not has_card:
-        return Finding("torch", "ok", told)
-    told += f"; the driver runs up to {_text(driver.cuda)}"
+        return Finding("torch", "problem", told, f"install {other_torch}")
     if driver.cuda[0] < build.cuda[0]:
         first = _FIRST_DRIVERS.get(build.cuda[0])
-        wanted = f"driver {first} or newer" if first else f"a driver for CUDA {build.cuda[0]}"
-        return Finding("torch", "problem", told, f"install NVIDIA's {wanted}, or {_TORCH_REMEDY}")
-    if driver.cuda < build.cuda:
-        # Its machine code runs, by NVIDIA's promise for versions with one major number; what is compiled here may not.
-        told += ", which is enough but for --compile"
-        return Finding("torch", "warning", told, f"install a driver for CUDA {_text(build.cuda)}")
+        wanted = f"NVIDIA's driver {first} or newer" if first else f"a driver for CUDA {build.cuda[0]}"
+        return Finding("torch", "problem", told, f"install {wanted}, or {other_torch}")
     return Finding("torch", "ok", told)
 
 
@@ -135,7 +131,9 @@ def judge_card(card: Card, build: TorchBuild) -> Finding:
     if any(code.runs_on(card.capability) for code in codes):
         return Finding("card", "ok", told)
     told += f"; torch has code for {', '.join(build.architectures) or 'no card'}, and none for this one"
-    return Finding("card", "problem", told, f"run on the CPU (--device cpu), or {_TORCH_REMEDY}")
+    return Finding(
+        "card", "problem", told, f"run on the CPU (--device cpu), or install a torch that has: {_TORCH_INSTALLER}"
+    )
 
 
 def _check_cards(driver: Driver, build: TorchBuild, torch: Any) -> Iterator[Finding]:
@@ -174,23 +172,24 @@ def _check_device(device: str) -> Finding:
         )
 
 
-def read_driver() -> Driver | None:
-    """The driver, by its own library; None where there is none (https://docs.nvidia.com/cuda/cuda-driver-api)."""
+def read_driver(cuda_library: str = _CUDA_LIBRARY, nvml_library: str = _NVML_LIBRARY) -> Driver | None:
+    """The driver, by its own library (https://docs.nvidia.com/cuda/cuda-driver-api); None where there is none."""
     try:
-        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        cuda = ctypes.CDLL(cuda_library)
     except OSError:
         return None
+    version = _driver_version(nvml_library)
     number = ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(number))
     newest = number.value // 1000, number.value % 1000 // 10
     code = cuda.cuInit(0)
     if code == _NO_DEVICE:
-        return Driver(newest, _driver_version())
+        return Driver(newest, version)
     if code:
-        return Driver(newest, _driver_version(), error=_error_text(cuda, code))
+        return Driver(newest, version, error=_error_text(cuda, code))
     count = ctypes.c_int()
     cuda.cuDeviceGetCount(ctypes.byref(count))
-    return Driver(newest, _driver_version(), tuple(_read_card(cuda, each) for each in range(count.value)))
+    return Driver(newest, version, tuple(_read_card(cuda, each) for each in range(count.value)))
 
 
 def _read_card(cuda: ctypes.CDLL, number: int) -> Card:
@@ -212,11 +211,12 @@ def _error_text(cuda: ctypes.CDLL, code: int) -> str:
     return f"{(text.value or b'unknown error').decode()} ({code})"
 
 
-def _driver_version() -> str | None:
-    """Of the kernel's module, which NVML knows; containers may lack either."""
+def _driver_version(nvml_library: str) -> str | None:
+    """Of the kernel's module, by NVML (https://docs.nvidia.com/deploy/nvml-api) or by the kernel; containers may lack
+    either."""
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        text = ctypes.create_string_buffer(80)
+        nvml = ctypes.CDLL(nvml_library)
+        text = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
         if nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0:
             return text.value.decode()
     except OSError:
@@ -251,5 +251,5 @@ def _text(version: Sequence[int]) -> str:
     return ".".join(map(str, version))
 
 
-def _cards(driver: Driver) -> str:
-    return f"{len(driver.cards) or 'no'} card{'' if len(driver.cards) == 1 else 's'}"
+def _cards(number: int) -> str:
+    return f"{number or 'no'} card{'' if number == 1 else 's'}"

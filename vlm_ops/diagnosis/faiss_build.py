@@ -56,8 +56,13 @@ def judge_device_code(
         remedy = f"install a driver for its CUDA (this one runs up to {driver.cuda[0]}.{driver.cuda[1]})"
         yield Finding(name, "warning", f"{told}, but sees no card where the driver does", remedy)
     elif not unfit:
-        fits = f"; fits {', '.join(sorted({card.name for card in cards}))}" if cards else ""
-        yield Finding(name, "ok", told + fits)
+        fits = ", ".join(sorted({card.name + _how_it_runs(binaries, card) for card in cards}))
+        yield Finding(name, "ok", f"{told}; fits {fits}" if fits else told)
+
+
+def _how_it_runs(binaries: Sequence[Collection[DeviceCode]], card: Card) -> str:
+    is_translated = lacking([[code for code in codes if not code.is_ptx] for codes in binaries], card.capability) > 0
+    return " (translated by the driver at its first use)" if is_translated else ""
 
 
 def _instructions(faiss: Any) -> str:

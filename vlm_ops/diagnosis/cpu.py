@@ -38,7 +38,7 @@ class CgroupLimits:
     memory_used_bytes: int = 0
 
 
-def check_processor() -> Iterator[Finding]:
+def check_cpu() -> Iterator[Finding]:
     """Cores, instruction sets, memory and threads."""
     limits = cgroup_limits()
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
