@@ -53,6 +53,7 @@ setup(
         "faiss-gpu>=1.9",
         "fsspec>=2024.6",
         "gcsfs>=2024.6",
+        "huggingface_hub>=1.28",
         "numpy>=1.26",
         "onnx>=1.17",
         "onnxruntime>=1.20",
