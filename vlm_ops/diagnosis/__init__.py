@@ -63,6 +63,17 @@ def refused(name: str, error: Exception) -> Finding:
     return Finding(name, "problem", told, remedy) if separator else Finding(name, "problem", remedy)
 
 
+def failed(name: str, error: Exception, remedy: str) -> Finding:
+    """A problem in the words of an error of another library.
+
+    Raises:
+        Exception: The error itself, where BEAMSIGHT_DEBUG is set.
+    """
+    if os.environ.get("BEAMSIGHT_DEBUG"):
+        raise error
+    return Finding(name, "problem", one_line(error), f"{remedy}; BEAMSIGHT_DEBUG=1 shows where it failed")
+
+
 def one_line(error: BaseException) -> str:
     """An error's kind and the first line of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

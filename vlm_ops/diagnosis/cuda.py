@@ -80,8 +80,9 @@ def check_cuda(device: str) -> Iterator[Finding]:
         yield Finding("torch", "problem", told, "pip install --force-reinstall torch torchvision")
         return
     build = TorchBuild(torch.__version__, _version(torch.version.cuda), tuple(torch.cuda.get_arch_list()))
-    yield judge_torch(build, driver)
-    if driver and driver.cards and build.cuda:
+    fits = judge_torch(build, driver)
+    yield fits
+    if driver and driver.cards and fits.status == "ok":
         yield from _check_cards(driver, build, torch)
     yield _check_device(device)
 
@@ -138,6 +139,12 @@ def judge_card(card: Card, build: TorchBuild) -> Finding:
 
 def _check_cards(driver: Driver, build: TorchBuild, torch: Any) -> Iterator[Finding]:
     """Each card, with its free memory, and whether it computes."""
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        remedy = "see whether other programs of CUDA run here; if none does, restart the machine or the container"
+        yield Finding("cards", "problem", f"torch cannot use them: {one_line(error)}", remedy)
+        return
     for number, card in enumerate(driver.cards):
         name = f"cuda:{number}"
         fits = judge_card(card, build)

@@ -31,7 +31,7 @@ def check_disk(catalog: str | None) -> Iterator[Finding]:
     except FileNotFoundError as error:
         yield Finding("temporary files", "problem", f"there is no place for them: {error}", "set TMPDIR")
     yield check_folder("cache", cache_dir(), remedy="set BEAMSIGHT_CACHE; what cannot be kept is made at every start")
-    yield check_folder("models", hub_cache(), remedy="set HF_HUB_CACHE, for models of the Hugging Face hub")
+    yield check_folder("hub cache", hub_cache(), remedy="set HF_HUB_CACHE, for models of the Hugging Face hub")
     if catalog is not None and storage.is_local(catalog):
         yield check_folder("catalog", Path(storage.normalise(catalog)), is_needed=True)
     if (shared := Path("/dev/shm")).is_dir():

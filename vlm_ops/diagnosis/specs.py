@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from vlm_ops.diagnosis import Finding, one_line, refused
+from vlm_ops.diagnosis import Finding, failed, one_line, refused
 from vlm_ops.diagnosis.places import ANSWER_SEC, hub_cache, within
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def check_model(spec: str, settings: ModelSettings, load: bool) -> Iterator[Find
         if load and info.encodes_text:
             yield _encoded_text(spec)
     except Exception as error:  # of any model's library
-        yield _failed(spec, error)
+        yield _told(spec, error)
 
 
 def _check_ops(name: str, ops: Sequence[OpSpec], settings: ModelSettings, load: bool) -> Iterator[Finding]:
@@ -95,7 +95,7 @@ def _check_ops(name: str, ops: Sequence[OpSpec], settings: ModelSettings, load: 
             if describe_model(name, settings).encodes_text:
                 yield _encoded_text(name)
     except Exception as error:  # of any model's library
-        yield _failed(name, error)
+        yield _told(name, error)
 
 
 def _by_model(recipe: Recipe) -> dict[str, list[OpSpec]]:
@@ -141,8 +141,8 @@ def _network(may_be_used: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _failed(name: str, error: Exception) -> Finding:
-    """In its own words, where it is one of ours; else with its kind."""
+def _told(name: str, error: Exception) -> Finding:
+    """An error as a finding: in its own words, where it is one of ours."""
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -151,4 +151,4 @@ def _failed(name: str, error: Exception) -> Finding:
         return Finding(name, "warning", told, f"beamsight fetch-model {name} --to DIR, or --load, which fetches it now")
     if isinstance(error, (ValueError, FileNotFoundError)) and "; " in str(error):
         return refused(name, error)
-    return Finding(name, "problem", one_line(error), "name another model; BEAMSIGHT_DEBUG=1 shows where it failed")
+    return failed(name, error, "name another model")
