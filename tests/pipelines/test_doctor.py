@@ -114,8 +114,8 @@ def test_a_table_fits_the_terminal() -> None:
     assert max(map(len, lines)) <= 60
 
 
-def test_without_flags_it_looks_at_the_machine_alone(tmp_path: Path) -> None:
-    """Also where heavy packages are missing: nothing is imported before the check that needs it."""
+def test_without_heavy_packages_it_says_which() -> None:
+    """Nothing is imported before the check that needs it."""
     code = (
         "import sys\nfrom pipelines.cli import main\n"
         "class Missing:\n"

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -31,6 +32,7 @@ from vlm_ops.diagnosis.cuda import (
     Card,
     Driver,
     TorchBuild,
+    check_cards,
     check_cuda,
     judge_card,
     judge_driver,
@@ -304,6 +306,53 @@ def test_cards_that_torch_has_code_for() -> None:
     assert "--device cpu" in unfit.remedy
 
 
+class ATorch:
+    """As much of torch as cards are tried with."""
+
+    def __init__(self, free: float = 70e9, result: float = 8.0, error: str | None = None) -> None:
+        self.cuda = SimpleNamespace(init=lambda: None, mem_get_info=lambda _: (int(free), int(80e9)))
+        self.result, self.error = result, error
+
+    def ones(self, size: int, device: str) -> ATorch:
+        if self.error:
+            raise RuntimeError(self.error)
+        return self
+
+    def sum(self) -> ATorch:
+        return self
+
+    def item(self) -> float:
+        return self.result
+
+
+@pytest.mark.parametrize(
+    ("torch", "status", "told"),
+    [
+        (ATorch(), "ok", "bfloat16, 70.0 GB free"),
+        (ATorch(free=1e9), "warning", "bfloat16, 1.0 GB free"),
+        (ATorch(result=0.0), "problem", "70.0 GB free; it computes wrongly"),
+        (
+            ATorch(error="CUDA error: busy\nCompile with"),
+            "problem",
+            "it does not compute: RuntimeError: CUDA error: busy",
+        ),
+    ],
+)
+def test_cards_are_tried(torch: ATorch, status: str, told: str) -> None:
+    first, second = check_cards(driver((13, 2), H100, K80), torch_build((13, 2)), torch)
+    assert (first.name, first.status) == ("cuda:0", status) and first.told.endswith(told)
+    assert (second.name, second.status) == ("cuda:1", "problem") and second.told.endswith("none for this one")
+
+
+def test_cards_that_torch_cannot_use() -> None:
+    def init() -> None:
+        raise RuntimeError("CUDA unknown error")
+
+    torch = SimpleNamespace(cuda=SimpleNamespace(init=init))
+    (found,) = check_cards(driver((13, 2), H100), torch_build((13, 2)), torch)
+    assert (found.status, found.told) == ("problem", "torch cannot use them: RuntimeError: CUDA unknown error")
+
+
 def test_cards_on_the_bus(tmp_path: Path) -> None:
     for name, vendor, kind in (("a", "0x10de", "0x030200"), ("b", "0x10de", "0x040300"), ("c", "0x1002", "0x030000")):
         write(tmp_path / name / "vendor", f"{vendor}\n")
@@ -487,7 +536,7 @@ def test_the_faiss_that_is_installed() -> None:
     import faiss
 
     version, *gpus = check_faiss()
-    assert version.status == "ok" and version.told.startswith(f"{faiss.__version__}, compiled for ")
+    assert version.status == "ok" and version.told.startswith(f"{faiss.__version__}, built with ")
     if hasattr(faiss, "StandardGpuResources"):
         assert all("has code for sm_" in each.told for each in gpus)
 
@@ -561,6 +610,22 @@ def test_a_storage_that_replaces_files(tmp_path: Path, monkeypatch: pytest.Monke
 def s3() -> Iterator[Store]:
     with moto_store("corpus") as store:
         yield store
+
+
+def test_places_that_take_credentials(s3: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    nobody = {"endpoint_url": s3.options["endpoint_url"], "client_kwargs": {"region_name": "us-east-1"}}
+    for found in (*check_input(f"{s3.uri}/photos", nobody), *check_catalog_access(f"{s3.uri}/catalog", nobody)):
+        assert found.status == "problem"
+        assert (
+            found.told
+            == f"'{s3.uri}/{ {'input': 'photos', 'catalog': 'catalog'}[found.name] }' cannot be reached: Unable to locate credentials"
+        )
+        assert found.remedy.startswith("check its name, and the credentials and the endpoint in --storage_options")
 
 
 def test_catalogs_on_s3(s3: Store) -> None:

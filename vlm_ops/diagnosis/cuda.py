@@ -83,7 +83,7 @@ def check_cuda(device: str) -> Iterator[Finding]:
     fits = judge_torch(build, driver)
     yield fits
     if driver and driver.cards and fits.status == "ok":
-        yield from _check_cards(driver, build, torch)
+        yield from check_cards(driver, build, torch)
     yield _check_device(device)
 
 
@@ -137,8 +137,12 @@ def judge_card(card: Card, build: TorchBuild) -> Finding:
     )
 
 
-def _check_cards(driver: Driver, build: TorchBuild, torch: Any) -> Iterator[Finding]:
-    """Each card, with its free memory, and whether it computes."""
+def check_cards(driver: Driver, build: TorchBuild, torch: Any) -> Iterator[Finding]:
+    """Each card, with its free memory, and whether it computes.
+
+    Args:
+        torch: The module.
+    """
     try:
         torch.cuda.init()
     except RuntimeError as error:

@@ -68,13 +68,12 @@ def _how_it_runs(binaries: Sequence[Collection[DeviceCode]], card: Card) -> str:
 def _instructions(faiss: Any) -> str:
     """What the CPU side was compiled for, in FAISS's words, and what of it is used here: chosen by the loader (one
     module a set), or, in newer versions, inside the library."""
-    options = faiss.get_compile_options().split()
     config = getattr(faiss, "SIMDConfig", None)
     if config is not None and hasattr(config, "get_level_name"):
         used = config.get_level_name()
     else:
         used = next((name.upper() for name in vars(faiss) if name.startswith("swigfaiss_")), "").partition("_")[2]
-    return f"compiled for {', '.join(options)}" + (f"; uses {used} here" if used else "")
+    return f"built with {faiss.get_compile_options().strip()}" + (f"; uses {used} here" if used else "")
 
 
 def _libraries(folder: Path) -> list[Path]:

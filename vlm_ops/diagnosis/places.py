@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlm_ops.diagnosis import Finding, gigabytes, one_line, refused
+from vlm_ops.diagnosis import Finding, failed, gigabytes, refused
 
 _LITTLE_SPACE = 2e9
 ANSWER_SEC = 10.0  # that storage has for an answer; its libraries ask again for minutes
@@ -84,8 +84,7 @@ def check_catalog_access(catalog: str, storage_options: Mapping[str, Any]) -> It
     except ValueError as error:
         yield refused("catalog", error)
     except Exception as error:  # of any library below fsspec
-        remedy = "check the permissions: list, read, write and delete are needed (docs/storage.md)"
-        yield Finding("catalog", "problem", f"{catalog}: {one_line(error)}", remedy)
+        yield _unreachable("catalog", catalog, error)
 
 
 def check_inputs(patterns: Sequence[str], storage_options: Mapping[str, Any]) -> Iterator[Finding]:
@@ -110,7 +109,7 @@ def check_input(pattern: str, storage_options: Mapping[str, Any]) -> Iterator[Fi
     except (ValueError, FileNotFoundError) as error:
         yield refused("input", error)
     except Exception as error:  # of any library below fsspec
-        yield Finding("input", "problem", f"{pattern}: {one_line(error)}", "check its name and who may read it")
+        yield _unreachable("input", pattern, error)
     else:
         told = f"{pattern}: {len(listing.shards)} shards and {len(files)} single files; the first one can be read"
         yield Finding("input", "ok", told)
@@ -139,6 +138,16 @@ def within(action: Callable[[], _T], seconds: float) -> _T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _unreachable(name: str, uri: str, error: Exception) -> Finding:
+    from vlm_ops import storage
+
+    if not storage.is_local(uri):
+        return refused(name, storage.unreachable(uri, error))
+    return failed(
+        name, error, f"check {uri}, and what may be done there: list, read and, for a catalog, write and delete"
+    )
 
 
 def _try_out(uri: str, storage_options: Mapping[str, Any]) -> Finding:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from vlm_ops.diagnosis import Finding, failed, one_line, refused
+from vlm_ops.diagnosis import Finding, failed, refused
 from vlm_ops.diagnosis.places import ANSWER_SEC, hub_cache, within
 
 if TYPE_CHECKING:
@@ -45,8 +45,11 @@ def check_recipe(
     layout = CatalogLayout(storage.normalise(catalog))
     try:
         commit = within(lambda: newest_commit(layout, storage_options), ANSWER_SEC)
-    except Exception as error:  # which the check of the storage has told at length
-        yield Finding("recipe", "unknown", f"the catalog cannot be read: {one_line(error)}")
+    except TimeoutError:
+        yield Finding("recipe", "unknown", f"the catalog's tables do not answer within {ANSWER_SEC:g} seconds")
+        return
+    except Exception as error:  # Delta finds credentials, and the region, in its own way
+        yield _told("recipe", error)
         return
     if commit is None:
         yield Finding("recipe", "ok", f"no catalog at {layout.root} yet")
@@ -151,4 +154,4 @@ def _told(name: str, error: Exception) -> Finding:
         return Finding(name, "warning", told, f"beamsight fetch-model {name} --to DIR, or --load, which fetches it now")
     if isinstance(error, (ValueError, FileNotFoundError)) and "; " in str(error):
         return refused(name, error)
-    return failed(name, error, "name another model")
+    return failed(name, error, "what it needs may be damaged, or of another version; install or fetch it anew")
