@@ -58,6 +58,7 @@ setup(
         "onnx>=1.17",
         "onnxruntime>=1.20",
         "onnxscript>=0.5",
+        "packaging>=23.0",
         "pillow>=10.4",
         "pyarrow>=17",
         "pyyaml>=6.0",
