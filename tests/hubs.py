@@ -18,6 +18,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+import transformers
 
 
 class FakeHub:
@@ -97,6 +99,17 @@ class FakeHub:
                 for name, content in files.items()
             ]
         return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+
+
+def save_tiny(folder: Path, seed: int = 0, **options: object) -> Path:
+    """A vision transformer of 5,000 parameters with its image processor, as `save_pretrained` writes them."""
+    torch.manual_seed(seed)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(folder, **options)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
 
 
 def _etag(content: bytes) -> str:

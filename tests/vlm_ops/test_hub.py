@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 
-from tests.hubs import FakeHub
+from tests.hubs import FakeHub, save_tiny
 from vlm_ops.models import describe_model, hub, load_image_backbone
 
 SPEC = "hf:someone/tiny"
@@ -22,16 +21,6 @@ OTHER_FILES = (
     "onnx/model.onnx", "onnx/config.json", "modeling_tiny.py", "model.fp16.safetensors", "optimizer.pt",
 )  # fmt: skip
 MODEL_FILES = {"config.json", "model.safetensors", "preprocessor_config.json"}
-
-
-def save_tiny(folder: Path, seed: int = 0, **options: object) -> Path:
-    torch.manual_seed(seed)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
-    )
-    transformers.ViTModel(config).save_pretrained(folder, **options)
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -298,17 +287,17 @@ def test_fetching_into_a_directory(server: FakeHub, repository: Path, tiny: Path
     folder = tmp_path / "models" / "tiny"
     server.cut = "model.safetensors"
     with pytest.raises(ValueError, match="broke off"):
-        hub.fetch(SPEC, folder)
+        hub.fetch_repository(SPEC, folder)
     assert not (folder / "config.json").exists()
     server.cut = None
-    assert hub.fetch(SPEC, folder) == f"{SPEC}@{commit}"
+    assert hub.fetch_repository(SPEC, folder) == f"{SPEC}@{commit}"
     assert {name for name in names_in(folder) if not name.startswith(".")} == MODEL_FILES | {"fetched.json"}
     assert hub.revision_of(folder) == hub.revision_of(tiny) and not server.cache.exists()
     server.requests.clear()
-    assert hub.fetch(SPEC, folder) == f"{SPEC}@{commit}"
+    assert hub.fetch_repository(SPEC, folder) == f"{SPEC}@{commit}"
     assert len(server.requests) == 1
     server.publish("someone/tiny", save_tiny(tmp_path / "newer", seed=1))
     with pytest.raises(ValueError, match=f"holds {SPEC}@{commit}, not {SPEC}@.*; name another directory, or delete it"):
-        hub.fetch(SPEC, folder)
+        hub.fetch_repository(SPEC, folder)
     with pytest.raises(ValueError, match="is there already and holds something else; name a new directory"):
-        hub.fetch(SPEC, tiny)
+        hub.fetch_repository(SPEC, tiny)

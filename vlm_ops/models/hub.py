@@ -60,10 +60,9 @@ def locate(spec: str, with_code: bool = False) -> tuple[Path, str]:
     Raises:
         ValueError: There is no such model, or it cannot be fetched from here.
     """
-    argument = spec.removeprefix("hf:")
-    path = Path(argument).expanduser()
-    if argument and os.path.isdir(path):
-        return path.resolve(), f"hf:{path.resolve()}"
+    if is_directory(spec):
+        path = Path(spec.removeprefix("hf:")).expanduser().resolve()
+        return path, f"hf:{path}"
     from huggingface_hub import try_to_load_from_cache
 
     repo, revision = _repository(spec)
@@ -74,7 +73,13 @@ def locate(spec: str, with_code: bool = False) -> tuple[Path, str]:
     return directory, f"hf:{repo}@{directory.name}"
 
 
-def fetch(spec: str, directory: Path, with_code: bool = False) -> str:
+def is_directory(spec: str) -> bool:
+    """Whether `hf:ARGUMENT` names a directory that is here."""
+    argument = spec.removeprefix("hf:")
+    return bool(argument) and os.path.isdir(Path(argument).expanduser())
+
+
+def fetch_repository(spec: str, directory: Path, with_code: bool = False) -> str:
     """Fetches a repository into a directory of its own, and gives the spec with the commit that it is of.
 
     The hub is asked which commit that is. `config.json` comes last, so that what was broken off is no model yet;

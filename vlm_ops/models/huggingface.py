@@ -18,7 +18,7 @@ import numpy as np
 
 from vlm_ops.models import ImageBackbone, ModelInfo, TextBackbone, Tokenizer
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel, tokenizer_of
-from vlm_ops.models.hub import locate, read_json, revision_of
+from vlm_ops.models.hub import fetch_repository, is_directory, locate, read_json, revision_of
 from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
@@ -66,6 +66,13 @@ def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]
 
 def load_text_model(spec: str, settings: ModelSettings) -> BackboneTextModel:
     return BackboneTextModel(describe(spec), load_tokenizer(spec), lambda: load_text_backbone(spec), settings)
+
+
+def fetch(spec: str, directory: Path, settings: ModelSettings) -> str | None:
+    if is_directory(spec):
+        return None
+    fetch_repository(spec, directory, settings.trust_remote_code)
+    return f"hf:{directory.resolve()}"
 
 
 def load_image_backbone(spec: str) -> ImageBackbone:
