@@ -156,7 +156,7 @@ def test_threads_share_a_model(model: ImageModel) -> None:
     [
         (
             "compcat",
-            "unknown model 'compcat'; known models: compact, compact-large, dir, hf, torchvision, or python:package.module",
+            "unknown model 'compcat'; known models: compact, compact-large, dir, hf, open_clip, torchvision, or python:package.module",
         ),
         (
             "compact:tiny",

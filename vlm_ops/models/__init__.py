@@ -42,6 +42,7 @@ _FAMILIES = {
     "compact-large": "vlm_ops.models.compact",
     "dir": "vlm_ops.models.directory",
     "hf": "vlm_ops.models.huggingface",
+    "open_clip": "vlm_ops.models.open_clip_family",
     "torchvision": "vlm_ops.models.torchvision_family",
 }
 
