@@ -268,7 +268,9 @@ def test_weights_of_another_name(tiny: Path, tmp_path: Path) -> None:
     """transformers reads them where config.json names them."""
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     (folder / "model.safetensors").rename(folder / "tiny.safetensors")
-    with pytest.raises(ValueError, match=r"there is no model.safetensors \(tiny.safetensors: no name that transformers"):
+    with pytest.raises(
+        ValueError, match=r"there is no model.safetensors \(tiny.safetensors: no name that transformers"
+    ):
         hub.revision_of(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "tiny.safetensors"}))

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -301,7 +302,10 @@ def _list(repo: str, revision: str | None, choose: Choice) -> tuple[str, Sequenc
 def _download(repo: str, revision: str | None, names: Sequence[str], directory: Path | None = None) -> Path:
     """Where the files are then: in a directory, or in the cache."""
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # transformers takes them away, and log files need none
+        (enable_progress_bars if sys.stderr.isatty() else disable_progress_bars)()
     patterns = [glob.escape(name) for name in names]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_dir=directory))

@@ -133,8 +133,8 @@ def fetch(spec: str, directory: Path, settings: ModelSettings) -> str | None:
         _source(spec)
         return None
     model, preprocess, repo, choose = _pretrained(spec, arch, tag)
+    hub.claim(directory, f"open_clip:{arch}/{tag}")
     if not (directory / CONFIG).is_file():
-        hub.claim(directory, f"open_clip:{arch}/{tag}")
         hub.download(repo, choose, directory)
         text = model["text_cfg"]
         if "hf_tokenizer_name" in text:
