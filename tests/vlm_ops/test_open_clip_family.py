@@ -131,9 +131,9 @@ def by_hand(folder: Path, is_trained: bool = True) -> Any:
     net = open_clip.create_model(f"local-dir:{folder}", load_weights=is_trained, pretrained_text=False)
     if not is_trained:
         with torch.no_grad():
-            for values in net.parameters():  # what begins with zeros or ones is no test
-                if values.ndim == 1:
-                    values.add_(torch.randn_like(values) * 0.1)
+            for name, values in net.named_parameters():  # what begins with zeros or ones is no test
+                if values.ndim == 1 and name.endswith("weight"):
+                    values.add_(torch.randn_like(values) * 0.3)
             images = torch.from_numpy(pixels_of(drawn(PreprocessCfg(**net.visual.preprocess_cfg).input_size[-1], 8)))
             net.train().encode_image(images / 128 - 1)  # for the averages of batch normalisation
     return net.eval()
