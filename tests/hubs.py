@@ -26,6 +26,7 @@ class FakeHub:
     """Attributes:
     requests: The paths that were asked for, in order.
     refuses: Status and headers of the answer to whatever is asked, while there is one.
+    refuses_files: The same for files alone.
     cut: A file whose content breaks off after its first bytes.
     token: What `Authorization: Bearer` must be, where one is asked for.
     """
@@ -33,6 +34,7 @@ class FakeHub:
     def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.requests: list[str] = []
         self.refuses: tuple[int, dict[str, str]] | None = None
+        self.refuses_files: tuple[int, dict[str, str]] | None = None
         self.cut: str | None = None
         self.token: str | None = None
         self.cache = cache
@@ -80,6 +82,8 @@ class FakeHub:
             return 401, {"X-Error-Message": "Invalid username or password."}, b""
         if parts[:2] == ["api", "models"]:
             return self._answer_api("/".join(parts[2:4]), parts[4:])
+        if self.refuses_files:
+            return self.refuses_files[0], self.refuses_files[1], b""
         repo, (_, revision, *name) = "/".join(parts[:2]), parts[2:]
         commit = self._refs[repo, revision]
         content = self._files[repo, commit]["/".join(name)]

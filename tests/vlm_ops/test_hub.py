@@ -182,6 +182,26 @@ def test_a_hub_that_refuses(server: FakeHub, tiny: Path, status: int, headers: d
         hub.locate(SPEC)
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [
+        (403, {"X-Error-Code": "GatedRepo"}, "{url}/someone/tiny is gated; accept its conditions there, and set HF_TOKEN"),
+        (403, {}, "{url} refuses access .403.; set HF_TOKEN to a token that may read it"),
+        (500, {}, "{url} answers 500; try again later"),
+    ],
+    ids=["gated", "forbidden", "down"],
+)  # fmt: skip
+def test_a_hub_that_shows_a_repository_and_refuses_its_files(
+    server: FakeHub, tiny: Path, status: int, headers: dict[str, str], message: str
+) -> None:
+    server.publish("someone/tiny", tiny)
+    server.refuses_files = status, headers
+    with pytest.raises(ValueError, match=f"^cannot fetch model 'hf:someone/tiny': {message.format(url=server.url)}"):
+        hub.locate(SPEC)
+    server.refuses_files = None
+    assert names_in(hub.locate(SPEC)[0]) == MODEL_FILES
+
+
 def test_unknown_names(server: FakeHub, tiny: Path) -> None:
     server.publish("someone/tiny", tiny)
     with pytest.raises(ValueError, match="'someone/else' is no directory, and .* shows no such repository; check"):

@@ -321,6 +321,8 @@ def _explanation(error: Exception, repo: str, revision: str | None, place: Path 
     """
     from huggingface_hub import constants, errors, is_offline_mode
 
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # which tells more
     spec = f"hf:{repo}@{revision}" if revision else f"hf:{repo}"
     hub = constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -81,7 +81,7 @@ def load_image_backbone(spec: str) -> TorchvisionBackbone:
         ValueError: The weights cannot be fetched or read, or do not fit the model.
     """
     name, weights, path = _parse(spec)
-    net = _fetched(name, weights) if path is None else _from_file(name, path)
+    net = _fetched(name, weights) if path is None else _from_file(name, weights, path)
     return TorchvisionBackbone(net, weights).eval()
 
 
@@ -196,9 +196,11 @@ def _fetched(name: str, weights: Any) -> nn.Module:
         ) from error
 
 
-def _from_file(name: str, path: Path) -> nn.Module:
+def _from_file(name: str, weights: Any, path: Path) -> nn.Module:
     state = _read_state(path)
-    net = get_model(name, weights=None, num_classes=_num_classes(name, path))
+    # Some weights of vision transformers are for larger images than their architecture is by itself.
+    options = {"image_size": weights.meta["min_size"][0]} if name.startswith("vit_") else {}
+    net = get_model(name, weights=None, num_classes=_num_classes(name, path), **options)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
