@@ -267,6 +267,15 @@ class DoctorOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FetchModelOptions:
+    """Flags of `beamsight fetch-model`."""
+
+    model: str
+    to: str
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions(CatalogOptions):
     """Flags of `beamsight export`. `per` and `creator_type` are for `jsonld`, `sitemap_url` for `sitemap`,
     `product_field` and `titles` for `merchant`, `raw_texts` for `csv`."""
@@ -685,6 +694,24 @@ def parse_doctor(argv: Sequence[str]) -> DoctorOptions:
     _add_storage(parser)
     args = parser.parse_args(argv)
     return DoctorOptions(**{**vars(args), "model": tuple(args.model), "input": tuple(args.input)})
+
+
+def parse_fetch_model(argv: Sequence[str]) -> FetchModelOptions:
+    parser = _parser("fetch-model", "Fetches a model into a directory, and says by which spec it is used there.")
+    add = parser.add_argument
+    add("model", metavar="SPEC",
+        help="such as hf:google/siglip2-base-patch16-224, torchvision:resnet50 or open_clip:ViT-B-32/laion2b_s34b_b79k")  # fmt: skip
+    add(
+        "--to",
+        required=True,
+        metavar="DIR",
+        help="a new directory of this machine, or the one that an earlier try has begun",
+    )
+    add("--trust_remote_code", action="store_true", help="fetch the Python code of a hf: repository too")
+    args = parser.parse_args(argv)
+    if "://" in args.to:
+        parser.error(f"argument --to: must be a directory of this machine, got {args.to!r}")
+    return FetchModelOptions(**vars(args))
 
 
 # What becomes of rows that need review unless a flag says otherwise: files for people and programs hold them, with the column

@@ -113,7 +113,7 @@ def test_the_text_model_equals_its_backbone(spec: str) -> None:
     [
         (
             "compcat",
-            "unknown model 'compcat'; known models: compact, compact-large, dir, hf, torchvision, or python:package.module",
+            "unknown model 'compcat'; known models: compact, compact-large, dir, hf, open_clip, torchvision, or python:package.module",
         ),
         (
             "compact:tiny",
