@@ -2,9 +2,9 @@
 
 A family is a module with three functions:
 
-    describe(spec) -> ModelInfo                                cheap: reads no weights
-    load_image_model(spec, device, outputs) -> ImageModel
-    load_text_model(spec, device) -> TextModel
+    describe(spec, settings) -> ModelInfo                      cheap: reads no weights
+    load_image_model(spec, settings, outputs) -> ImageModel
+    load_text_model(spec, settings) -> TextModel
 
 and, where its models can be trained on or trained further, three more, of which two give torch modules:
 
@@ -21,10 +21,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
+from vlm_ops.models.settings import CPU, ModelSettings, resolved
 from vlm_ops.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class ModelInfo:
         produces: What its image side gives: any of `features`, `grid`, `labels`, `embedding`, `caption`, `match`.
         encodes_text: Whether it has a text side.
         map_dim: How many dimensions of the grid, from the first on, are the last feature map; None: all.
+        takes: Which settings of captions it follows: any of `caption_prompt`, `max_new_tokens`, `num_beams`.
     """
 
     spec: str
@@ -56,6 +58,7 @@ class ModelInfo:
     produces: frozenset[str]
     encodes_text: bool = True
     map_dim: int | None = None
+    takes: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -103,8 +106,11 @@ class ImageModel(Protocol):
     preprocessing: Preprocessing
     label_names: Sequence[str]
 
-    def encode_images(self, pixels: np.ndarray) -> ImageEncoding:
-        """Encodes uint8[n, 3, size, size] RGB; n may be 0. The same batch gives the same bits."""
+    def encode_images(self, pixels: Any) -> ImageEncoding:
+        """Encodes uint8[n, 3, size, size] RGB; n may be 0. The same batch gives the same bits.
+
+        Where the model's preprocessing fits by `contain`: a list of n uint8[3, h, w].
+        """
         ...
 
 
@@ -182,57 +188,60 @@ class MatchingModel(ImageModel, Protocol):
 
 
 class _Family(Protocol):
-    def describe(self, spec: str) -> ModelInfo: ...
-    def load_image_model(self, spec: str, device: str, outputs: frozenset[str]) -> ImageModel: ...
-    def load_text_model(self, spec: str, device: str) -> TextModel: ...
+    def describe(self, spec: str, settings: ModelSettings) -> ModelInfo: ...
+    def load_image_model(self, spec: str, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel: ...
+    def load_text_model(self, spec: str, settings: ModelSettings) -> TextModel: ...
     def load_image_backbone(self, spec: str) -> ImageBackbone: ...
     def load_text_backbone(self, spec: str) -> TextBackbone: ...
     def load_tokenizer(self, spec: str) -> Tokenizer: ...
 
 
-def describe_model(spec: str) -> ModelInfo:
+def describe_model(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
     """What a spec stands for, without loading it.
 
     Raises:
-        ValueError: The spec names no known family, or nothing within it.
+        ValueError: The spec names no known family, or nothing within it, or a model that cannot be run by the settings.
     """
-    return _family(spec).describe(spec)
+    return _family(spec).describe(spec, settings or ModelSettings())
 
 
-def require_text_side(spec: str, remedy: str = "name one that has, such as 'compact'") -> None:
+def require_text_side(
+    spec: str, remedy: str = "name one that has, such as 'compact'", settings: ModelSettings | None = None
+) -> None:
     """Raises:
     ValueError: The spec is unknown, or has no text side; the message ends with the remedy.
     """
-    if not describe_model(spec).encodes_text:
+    if not describe_model(spec, settings).encodes_text:
         raise ValueError(f"model {spec!r} has no text side; {remedy}")
 
 
-def load_image_model(spec: str, device: str = "auto", outputs: frozenset[str] | None = None) -> ImageModel:
+def load_image_model(
+    spec: str, settings: ModelSettings | None = None, outputs: frozenset[str] | None = None
+) -> ImageModel:
     """Loads the image side of a model.
 
     Args:
-        device: `auto`, `cpu` or `cuda`.
         outputs: What its encodings must hold, of what it produces (None: all of it); the rest may be left
             out, and its weights unloaded.
 
     Raises:
-        ValueError: The spec is unknown, or the device is not there.
+        ValueError: The spec is unknown, or the model cannot be run by the settings here.
     """
-    wanted = describe_model(spec).produces if outputs is None else outputs
-    return _family(spec).load_image_model(spec, resolve_device(device), wanted)
+    run = resolved(settings or ModelSettings())
+    wanted = describe_model(spec, run).produces if outputs is None else outputs
+    return _family(spec).load_image_model(spec, run, wanted)
 
 
-def load_text_model(spec: str, device: str = "cpu") -> TextModel:
-    """Loads the text side of a model.
-
-    Args:
-        device: `auto`, `cpu` or `cuda`. A few queries are served sooner by the CPU than a GPU could be woken.
+def load_text_model(spec: str, settings: ModelSettings = CPU) -> TextModel:
+    """Loads the text side of a model; on the CPU, unless told otherwise, which serves a few queries sooner than a GPU
+    could be woken.
 
     Raises:
-        ValueError: The spec is unknown, has no text side, or the device is not there.
+        ValueError: The spec is unknown, has no text side, or cannot be run by the settings here.
     """
-    require_text_side(spec)
-    return _family(spec).load_text_model(spec, resolve_device(device))
+    run = resolved(settings)
+    require_text_side(spec, settings=run)
+    return _family(spec).load_text_model(spec, run)
 
 
 def load_image_backbone(spec: str) -> ImageBackbone:
@@ -261,25 +270,6 @@ def load_tokenizer(spec: str) -> Tokenizer:
         ValueError: The spec is unknown, or its family cannot be trained on.
     """
     return _trainable(spec, "load_tokenizer")(spec)
-
-
-def resolve_device(device: str) -> str:
-    """`cpu` or `cuda`. Never falls back in silence.
-
-    Raises:
-        ValueError: The device is unknown, or CUDA was asked for and is not there.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"unknown device {device!r}; use auto, cpu or cuda")
-    if device == "cpu":
-        return "cpu"
-    import torch  # heavy: only where it is used
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if device == "cuda":
-        raise ValueError("--device cuda was asked for, but no CUDA device is available here; use --device cpu or auto")
-    return "cpu"
 
 
 def _trainable(spec: str, function: str):  # type: ignore[no-untyped-def]
