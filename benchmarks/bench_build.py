@@ -59,10 +59,11 @@ def measure(name: str, shard: Path, threads: int, repeats: int, scratch: Path) -
     from schemas.samples import Sample, ShardRef
     from vlm_ops.images import decode, preprocess
     from vlm_ops.models import load_image_model
+    from vlm_ops.models.settings import CPU
     from vlm_ops.preprocessing import THUMBNAIL
     from vlm_ops.shards import ReadConfig, read_shard
 
-    model = load_image_model("compact", "cpu", frozenset({"features", "labels", "embedding", "caption"}))
+    model = load_image_model("compact", CPU, frozenset({"features", "labels", "embedding", "caption"}))
     config = ReadConfig(10**9)
     datas = [item.data for item in read_shard(ShardRef(str(shard), "tar", "", 0), config) if isinstance(item, Sample)]
 

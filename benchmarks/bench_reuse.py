@@ -26,6 +26,7 @@ from schemas.samples import ShardRef
 from vlm_ops.contents import write_known_contents
 from vlm_ops.delta_tables import LivePart
 from vlm_ops.enrich import EnrichConfig, Enricher
+from vlm_ops.models.settings import CPU
 from vlm_ops.ops import plan_ops
 from vlm_ops.parts import PartSummary
 from vlm_ops.shards import ReadConfig
@@ -45,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         catalog, known = f"{scratch}/catalog", f"{scratch}/known.arrow"
         read = ReadConfig(DEFAULT_MAX_IMAGE_BYTES)
-        config = EnrichConfig(catalog, recipe, "bench", read, device="cpu", num_threads=args.threads)
+        config = EnrichConfig(catalog, recipe, "bench", read, settings=CPU, num_threads=args.threads)
         summaries = measure("computed", config, old)
         parts = [LivePart(each.name, each.num_images, each.num_bytes) for each in summaries]
         started = time.perf_counter()
@@ -67,7 +68,7 @@ def measure(name: str, config: EnrichConfig, shards: Sequence[Path]) -> list[Par
     num_copied = sum(summary.num_copied for summary in summaries)
     stages = ", ".join(
         f"{stage} {sum(summary.stage_sec.get(stage, 0) for summary in summaries):.1f}"
-        for stage in ("read", "copy", "decode", "model", "write")
+        for stage in ("read", "copy", "decode", "model", "caption", "write")
     )
     print(
         f"{name:18} {num_images} images, {num_copied} of them copied: {seconds:6.1f} s, {num_images / seconds:7.1f} images/s"

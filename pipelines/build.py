@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import sys
 
-from pipelines.options import BuildOptions, input_config, read_config, recipe_of
+from pipelines.options import BuildOptions, input_config, model_choice, model_settings, read_config, recipe_of
 from pipelines.progress import counting
 from pipelines.runs import EXIT_OK, Run, execute
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.inputs import Listing, list_inputs
-from vlm_ops.models import resolve_device
+from vlm_ops.models.settings import check, resolved
 from vlm_ops.ops import plan_ops
 from vlm_ops.planning import Plan, PlanConfig, kept_inputs, plan_inputs, with_changed_bytes, with_refused_parts
 from vlm_ops.run_manifests import refused_runs, seconds_per_byte
@@ -33,10 +33,11 @@ def run(options: BuildOptions) -> int:
     Raises:
         ValueError, FileNotFoundError: A mistake in the options, found before any work.
     """
-    resolve_device(options.device)
+    settings = model_settings(options)
+    check(settings) if options.runner != "local" else resolved(settings)
     catalog = CatalogLayout(storage.normalise(options.catalog))
     storage.check_writable(catalog.root, options.storage_options)
-    recipe = recipe_of(options, plan_ops(options.ops or ("default",), options.model))
+    recipe = recipe_of(options, plan_ops(options.ops or ("default",), model_choice(options)))
     listing = list_inputs(input_config(options, options.input))
     _check_inputs(listing, catalog, options)
     state = current_state(catalog, options.storage_options)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.options import ReadingOptions, input_config, read_config, recipe_of
+from pipelines.options import ReadingOptions, input_config, model_choice, model_settings, read_config, recipe_of
 from pipelines.progress import Progress
 from schemas.catalog import CatalogLayout
 from schemas.recipes import Recipe
@@ -40,13 +40,15 @@ def encode_corpus(
         ValueError: The model cannot serve an op, or no image could be read.
         FileNotFoundError: A pattern matches nothing.
     """
-    recipe = recipe_of(options, plan_ops(ops, options.model))
+    recipe = recipe_of(options, plan_ops(ops, model_choice(options)))
     listing = list_inputs(input_config(options, patterns))
     shards = [*listing.shards, *pack(listing.files, options.files_per_shard)]
     catalog = CatalogLayout(str(cache_dir() / "corpora"))
     read = read_config(options)
     enricher = Enricher(
-        EnrichConfig(catalog.root, recipe, "corpus", read, options.device, options.batch_size, options.num_workers)
+        EnrichConfig(
+            catalog.root, recipe, "corpus", read, model_settings(options), options.batch_size, options.num_workers
+        )
     )
     columns = list(dict.fromkeys([*INDEX_ROW_COLUMNS, *_BESIDE, *columns]))
     tables, num_failed = [], 0

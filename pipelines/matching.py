@@ -11,15 +11,16 @@ import numpy as np
 from tqdm import tqdm
 
 from vlm_ops.models import ImageEncoding, MatchingModel, describe_model, load_image_model
+from vlm_ops.models.settings import ModelSettings
 
 _PAIRS_PER_CALL = 512
 
 
-def require_match(spec: str) -> None:
+def require_match(spec: str, settings: ModelSettings) -> None:
     """Raises:
     ValueError: The model is unknown, or does not match images and texts.
     """
-    produces = describe_model(spec).produces
+    produces = describe_model(spec, settings).produces
     if "match" not in produces:
         raise ValueError(
             f"model {spec!r} does not say whether a text describes an image; it produces: "
@@ -27,12 +28,12 @@ def require_match(spec: str) -> None:
         )
 
 
-def load_matching_model(spec: str, device: str) -> MatchingModel:
+def load_matching_model(spec: str, settings: ModelSettings) -> MatchingModel:
     """Raises:
     ValueError: As `require_match`, or the device is not there.
     """
-    require_match(spec)
-    return cast(MatchingModel, load_image_model(spec, device, frozenset({"match"})))
+    require_match(spec, settings)
+    return cast(MatchingModel, load_image_model(spec, settings, frozenset({"match"})))
 
 
 def match_pairs(

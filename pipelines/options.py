@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urljoin
@@ -30,12 +30,18 @@ from schemas.recipes import (
     Recipe,
 )
 from schemas.samples import FILES_PER_SHARD, INPUT_FORMATS
+from vlm_ops.models.settings import DTYPES, ENGINES, ModelSettings, check
 
 if TYPE_CHECKING:
     from vlm_ops.inputs import InputConfig
+    from vlm_ops.ops import ModelChoice
     from vlm_ops.shards import ReadConfig
 
 
+# The flag that names the model of an op.
+MODEL_FLAGS = {
+    "embedding": "embedding_model", "features": "feature_model", "labels": "label_model", "caption": "caption_model",
+}  # fmt: skip
 _VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -60,11 +66,28 @@ class ReadingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions(ReadingOptions):
+class ModelOptions(ReadingOptions):
+    """Flags of every command that runs whatever model, of how it is run."""
+
+    dtype: str
+    engine: str
+    compile: bool
+    trust_remote_code: bool
+    caption_prompt: str | None
+    max_new_tokens: int | None
+    num_beams: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(ModelOptions):
     """Flags of `beamsight build`; `beam_args` are those that belong to Beam."""
 
     catalog: str
     ops: tuple[str, ...] | None
+    embedding_model: str | None
+    feature_model: str | None
+    label_model: str | None
+    caption_model: str | None
     max_failure_rate: float
     prune: bool
     verify_content: bool
@@ -75,7 +98,7 @@ class BuildOptions(ReadingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ReadingOptions):
+class EvaluateOptions(ModelOptions):
     """Flags of `beamsight evaluate`. `label_field` is for `zero-shot` and `tags`, `template` for `zero-shot`, `mention`,
     `synonyms` and `never` for `captions`; `tags` reads `catalog`, `mapping` and `taxonomy` in place of `input`."""
 
@@ -93,7 +116,7 @@ class EvaluateOptions(ReadingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ReadingOptions):
+class ScoreOptions(ModelOptions):
     """Flags of `beamsight score`: either `input`, or `image` and `text`."""
 
     image: tuple[str, ...]
@@ -178,6 +201,7 @@ class RetryOptions(IndexOptions):
     allowed_schemes: tuple[str, ...]
     files_per_shard: int
     device: str
+    trust_remote_code: bool
     batch_size: int | None
 
 
@@ -218,6 +242,7 @@ class SearchOptions(CatalogOptions):
     html: str | None
     model: str | None
     device: str
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +282,8 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
         help="what to compute: ops, and the words default and tagging for groups of them "
              f"(default: default, those of {','.join(DEFAULT_OPS)} that the model serves; "
              f"tagging: {','.join(OP_GROUPS['tagging'])}; also: caption_match)")  # fmt: skip
+    for op, flag in MODEL_FLAGS.items():
+        add(f"--{flag}", metavar="SPEC", help=f"model of the op {op} (default: that of --model)")
     add("--max_failure_rate", type=_fraction, default=0.05,
         help="publish nothing, and exit with 3, when a larger share of the images fails (default: %(default)s)")  # fmt: skip
     add("--prune", action="store_true",
@@ -388,7 +415,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     add = parser.add_argument
     add("kind", choices=tuple(_TRAINING_DEFAULTS),
         help="dual-encoder: aligns images and texts; captioner: writes sentences; matcher: says whether image and text match")  # fmt: skip
-    _add_reading(parser, model_default=f"{_defaults_of('model')}; need no download")
+    _add_reading(parser, model_default=f"{_defaults_of('model')}; need no download", takes_models=False)
     add("--validation", nargs="+", action="extend", required=True, metavar="PATTERN",
         help="images with captions that are not trained on; of the same kinds as --input")  # fmt: skip
     add("--caption_template", metavar="FILE",
@@ -517,7 +544,7 @@ def parse_tag(argv: Sequence[str]) -> TagOptions:
         help="leave out categories that are less likely; with a high one, more images have none (default: %(default)s)")  # fmt: skip
     add("--text_model", metavar="SPEC",
         help="language model with a chat template that writes title, description and keywords, such as hf:PATH (default: templates)")  # fmt: skip
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where it runs (default: %(default)s)")
+    _add_device(parser, "where it runs")
     add("--all", action="store_true", help="tag all images anew, not only what is new or changed")
     add("--dry_run", action="store_true", help="say what would be done, and do nothing")
     group = parser.add_argument_group(
@@ -551,6 +578,7 @@ def parse_retry(argv: Sequence[str]) -> RetryOptions:
     _add_allowed_schemes(parser)
     _add_files_per_shard(parser)
     _add_computing(parser)
+    _add_trust(parser)
     _add_storage(parser)
     _add_running(parser)
     args, beam_args = parser.parse_known_args(argv)
@@ -603,12 +631,8 @@ def parse_search(argv: Sequence[str]) -> SearchOptions:
     add("--json", action="store_true", help="one JSON line a query")
     add("--html", metavar="FILE", help="also write the results as one self-contained page of thumbnails")
     add("--model", metavar="SPEC", help="encoder of the queries (default: the one that built the catalog)")
-    add(
-        "--device",
-        default="auto",
-        choices=("auto", "cpu", "cuda"),
-        help="where image queries are encoded (default: %(default)s)",
-    )
+    _add_device(parser, "where image queries are encoded")
+    _add_trust(parser)
     _add_storage(parser)
     args = parser.parse_intermixed_args(argv)
     if not (args.query or args.image or args.queries):
@@ -934,6 +958,22 @@ def recipe_of(options: ReadingOptions, ops: tuple[OpSpec, ...]) -> Recipe:
     return Recipe(ops, options.max_image_bytes, options.max_image_pixels, options.caption_field, options.image_column)
 
 
+def model_choice(options: ReadingOptions) -> ModelChoice:
+    """Which models serve the ops, in the words of `vlm_ops.ops`."""
+    from vlm_ops.ops import ModelChoice
+
+    of_ops = {op: spec for op, flag in MODEL_FLAGS.items() if (spec := getattr(options, flag, None)) is not None}
+    return ModelChoice(options.model, of_ops, model_settings(options))
+
+
+def model_settings(options: Any) -> ModelSettings:
+    """How models run, as far as a command has flags for it."""
+    names = [each.name for each in fields(ModelSettings)]
+    if not isinstance(options, ModelOptions):
+        names = ["device", "trust_remote_code"]
+    return ModelSettings(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+
+
 def read_config(options: ReadingOptions) -> ReadConfig:
     """How to read it, in the words of `vlm_ops.shards`."""
     from vlm_ops.shards import ReadConfig
@@ -963,6 +1003,7 @@ def _add_reading(
     parser: argparse.ArgumentParser,
     is_optional: bool = False,
     model_default: str = "%(default)s, which needs no download",
+    takes_models: bool = True,
 ) -> None:
     add = parser.add_argument
     add("--input", nargs="+", action="extend", required=not is_optional, default=[], metavar="PATTERN",
@@ -981,6 +1022,8 @@ def _add_reading(
         help=f"model spec (default: {model_default})",
     )
     _add_computing(parser)
+    if takes_models:
+        _add_models(parser)
     add("--max_image_bytes", type=_positive_int, default=DEFAULT_MAX_IMAGE_BYTES,
         help="larger files fail (default: %(default)s)")  # fmt: skip
     add("--max_image_pixels", type=_positive_int, default=DEFAULT_MAX_IMAGE_PIXELS,
@@ -1000,8 +1043,39 @@ def _add_files_per_shard(parser: argparse.ArgumentParser) -> None:
 
 def _add_computing(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the models run (default: %(default)s)")
+    _add_device(parser)
     add("--batch_size", type=_positive_int, help="images a batch (default: 16 on a CPU, 128 on a GPU)")
+
+
+def _add_device(parser: argparse.ArgumentParser, what: str = "where the models run") -> None:
+    parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE",
+        help=f"{what}: cpu, cuda, cuda:N, or auto, a GPU where there is one (default: %(default)s)")  # fmt: skip
+
+
+def _add_trust(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--trust_remote_code", action="store_true",
+        help="run the code that lies in a model's repository; it can do whatever you can")  # fmt: skip
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how models run").add_argument
+    add("--dtype", default="auto", choices=DTYPES,
+        help="what models compute in; auto: float32 on CPUs, bfloat16 on GPUs that have it; int8: image towers on CPUs (default: %(default)s)")  # fmt: skip
+    add("--engine", default="auto", choices=ENGINES,
+        help="what runs image and text towers; auto: onnxruntime on CPUs where it is exact, else torch (default: %(default)s)")  # fmt: skip
+    add("--compile", action="store_true", help="let torch compile the image towers: minutes once, then faster")
+    add("--caption_prompt", metavar="TEXT", help="what a captioner is told (default: what its family is usually told)")
+    add("--max_new_tokens", type=_positive_int, metavar="N", help="most tokens of a caption (default: the family's)")
+    add("--num_beams", type=_positive_int, metavar="N", help="beams of the search for a caption (default: the model's)")
+    _add_trust(parser)
+
+
+def _device(text: str) -> str:
+    try:
+        check(ModelSettings(device=text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _add_workers(parser: argparse._ActionsContainer) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 
-from pipelines.options import RetryOptions
+from pipelines.options import RetryOptions, model_settings
 from pipelines.runs import EXIT_OK, Run, execute
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
-from vlm_ops.models import resolve_device
+from vlm_ops.models.settings import check, resolved
 from vlm_ops.ops import check_installed
 from vlm_ops.planning import PlanConfig, plan_retry
 from vlm_ops.run_manifests import refused_runs
@@ -26,12 +26,13 @@ def run(options: RetryOptions) -> int:
         FileNotFoundError: There is no catalog.
         ValueError: Another version of the catalog's model is installed, or a mistake in the options.
     """
-    resolve_device(options.device)
+    settings = model_settings(options)
+    check(settings) if options.runner != "local" else resolved(settings)
     catalog = CatalogLayout(storage.normalise(options.catalog))
     state = existing_state(catalog, options.storage_options)
     assert state.record is not None
     recipe = state.record.recipe
-    check_installed(recipe.ops)
+    check_installed(recipe.ops, settings)
     read = ReadConfig(recipe.max_image_bytes, recipe.image_column, recipe.caption_field, options.storage_options)
     config = PlanConfig(catalog, recipe, read, options.files_per_shard, options.num_workers)
     plan = plan_retry(config, state, options.allowed_schemes)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import apache_beam as beam
 
-from pipelines.options import BuildOptions, RetryOptions
+from pipelines.options import BuildOptions, RetryOptions, model_settings
 from pipelines.progress import Progress
 from pipelines.runners import beam_options, run_to_end
 from pipelines.transforms import EnrichShards, PublishRun
@@ -69,7 +69,7 @@ def execute(run: Run, state: CatalogState) -> int:
     started = time.perf_counter()
     known = _write_known_contents(run, state, run_id)
     enrich = EnrichConfig(
-        run.catalog.root, run.recipe, run_id, run.read, how.device, how.batch_size, how.num_workers, known
+        run.catalog.root, run.recipe, run_id, run.read, model_settings(how), how.batch_size, how.num_workers, known
     )
     publish = PublishConfig(
         catalog=run.catalog.root,

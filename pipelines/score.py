@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.corpora import encode_corpus, with_captions
 from pipelines.matching import load_matching_model, match_pairs, require_match
-from pipelines.options import ScoreOptions
+from pipelines.options import ScoreOptions, model_settings
 from pipelines.query_images import encode_query_images
 from vlm_ops import storage
 
@@ -36,7 +36,7 @@ def run(options: ScoreOptions) -> int:
         ValueError: The model cannot match, an image cannot be decoded, or none has a caption.
         FileNotFoundError: A pattern or an image is not there.
     """
-    require_match(options.model)
+    require_match(options.model, model_settings(options))
     _check_output(options)
     scores = score_own_captions(options) if options.input else score_all_pairs(options)
     if options.output:
@@ -53,7 +53,7 @@ def run(options: ScoreOptions) -> int:
 
 def score_all_pairs(options: ScoreOptions) -> list[Score]:
     """Every image of --image with every text of --text."""
-    model = load_matching_model(options.model, options.device)
+    model = load_matching_model(options.model, model_settings(options))
     encoding = encode_query_images(model, options.image, options.storage_options, "score", options.max_image_pixels)
     rows = np.repeat(np.arange(len(options.image)), len(options.text))
     texts = list(options.text) * len(options.image)

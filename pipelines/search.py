@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from pipelines.options import SearchOptions
+from pipelines.options import SearchOptions, model_settings
 from schemas.catalog import CatalogLayout
 from schemas.manifests import IndexManifest
 from schemas.tables import RESULTS
 from vlm_ops import storage
 from vlm_ops.faiss_index import OpenIndex, open_index
 from vlm_ops.models import ModelInfo, describe_model, load_image_model, load_text_model
+from vlm_ops.models.settings import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ def run(options: SearchOptions) -> int:
     catalog = CatalogLayout(storage.normalise(options.catalog))
     texts = list(options.query) + (_read_queries(options.queries, options) if options.queries else [])
     index = open_index(catalog, options.storage_options)
-    encoder = _encoder(index.manifest, options.model, catalog)
+    settings = model_settings(options)
+    encoder = _encoder(index.manifest, options.model, catalog, settings)
     queries = [(text, False) for text in texts] + [(image, True) for image in options.image]
     vectors = np.concatenate(
-        [_encode_texts(texts, encoder, index.manifest.d), _encode_images(options, encoder, index.manifest.d)]
+        [_encode_texts(texts, encoder, index.manifest.d, settings), _encode_images(options, encoder, index.manifest.d)]
     )
     found = index.search(vectors, options.k, _chosen(index, catalog, options))
     answers = [Answer(query, is_image, rows) for (query, is_image), rows in zip(queries, found, strict=True)]
@@ -78,8 +80,8 @@ def as_table(answer: Answer) -> str:
     return "\n".join(lines if answer.results else [*lines, "  no images"])
 
 
-def _encoder(manifest: IndexManifest, wanted: str | None, catalog: CatalogLayout) -> ModelInfo:
-    info = describe_model(wanted or manifest.encoder)
+def _encoder(manifest: IndexManifest, wanted: str | None, catalog: CatalogLayout, settings: ModelSettings) -> ModelInfo:
+    info = describe_model(wanted or manifest.encoder, settings)
     if info.name != manifest.encoder_name:
         raise ValueError(
             f"the catalog {catalog.root} was built by encoder {manifest.encoder_name}, but the queries would be encoded by "
@@ -88,10 +90,10 @@ def _encoder(manifest: IndexManifest, wanted: str | None, catalog: CatalogLayout
     return info
 
 
-def _encode_texts(texts: Sequence[str], encoder: ModelInfo, d: int) -> np.ndarray:
+def _encode_texts(texts: Sequence[str], encoder: ModelInfo, d: int, settings: ModelSettings) -> np.ndarray:
     if not texts:
         return np.empty((0, d), np.float32)
-    return load_text_model(encoder.spec).encode_texts(texts)
+    return load_text_model(encoder.spec, replace(settings, device="cpu")).encode_texts(texts)
 
 
 def _encode_images(options: SearchOptions, encoder: ModelInfo, d: int) -> np.ndarray:
@@ -99,7 +101,7 @@ def _encode_images(options: SearchOptions, encoder: ModelInfo, d: int) -> np.nda
         return np.empty((0, d), np.float32)
     from pipelines.query_images import encode_query_images  # heavy, and text queries do not need it
 
-    model = load_image_model(encoder.spec, options.device, frozenset({"embedding"}))
+    model = load_image_model(encoder.spec, model_settings(options), frozenset({"embedding"}))
     embeddings = encode_query_images(model, options.image, options.storage_options, "search with").embeddings
     assert embeddings is not None
     return embeddings

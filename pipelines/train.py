@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from pipelines.corpora import encode_corpus, matrix
-from pipelines.options import READ_BY, TrainOptions
+from pipelines.options import READ_BY, TrainOptions, model_settings
 from vlm_ops.models import (
     ClassifyingBackbone,
     ModelInfo,
@@ -29,11 +29,11 @@ from vlm_ops.models import (
     load_text_model,
     load_tokenizer,
     require_text_side,
-    resolve_device,
 )
 from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig
 from vlm_ops.models.directory import ModelDirectory, path_of
 from vlm_ops.models.onnx_engine import cached_file
+from vlm_ops.models.settings import resolve_device
 from vlm_ops.publishing import installed_version
 from vlm_ops.sentences import CaptionTemplate
 from vlm_ops.storage import check_writable, is_local
@@ -377,7 +377,7 @@ def encode_texts(options: TrainOptions, texts: Sequence[str]) -> np.ndarray:
     key = hashlib.sha256("\0".join((info.name, *texts)).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
     def make(path: Path) -> None:
-        model = load_text_model(options.text_model, options.device)
+        model = load_text_model(options.text_model, model_settings(options))
         chunks = [texts[start : start + _TEXTS_PER_CALL] for start in range(0, len(texts), _TEXTS_PER_CALL)]
         with ThreadPoolExecutor(options.num_workers) as pool:
             encoded = tqdm(
@@ -431,7 +431,9 @@ def _pseudo_images(
 ) -> PseudoImages | None:
     if classifier is None:
         return None
-    return make_pseudo_images(data.images["features"], classifier, load_text_model(options.text_model, options.device))
+    return make_pseudo_images(
+        data.images["features"], classifier, load_text_model(options.text_model, model_settings(options))
+    )
 
 
 def _writer(
@@ -486,7 +488,7 @@ def _compact_writer(
     )  # fmt: skip
     writer = CaptionDecoder(shapes)
     if describe_model(options.model).encodes_text:
-        writer.begin_with(load_text_model(options.model, options.device).encode_texts(words))
+        writer.begin_with(load_text_model(options.model, model_settings(options)).encode_texts(words))
     return writer
 
 
@@ -500,7 +502,7 @@ def _dtype(name: str, device: str) -> str:
     """`auto`: bfloat16 where the processor computes in it, float32 elsewhere."""
     if name != "auto":
         return name
-    if device == "cuda":
+    if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_units() else "float32"
 

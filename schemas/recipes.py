@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from schemas.samples import to_json
 
@@ -25,11 +26,13 @@ DEFAULT_MIN_SCORE = 0.35
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op of a recipe. `model` is None for ops without a model, `revision` for those without weights."""
+    """One op of a recipe. `model` is None for ops without a model, `revision` for those without weights; `settings` are
+    those of the model that change what rows hold, as far as they are not the usual ones."""
 
     name: str
     model: str | None = None
     revision: str | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class Recipe:
 
     @property
     def recipe_id(self) -> str:
-        return hashlib.sha256(to_json(self).encode()).hexdigest()[:12]
+        values = asdict(self)
+        for op in values["ops"]:
+            if not op["settings"]:  # there were none once, and what they decide about has not changed
+                del op["settings"]
+        return hashlib.sha256(to_json(values).encode()).hexdigest()[:12]
 
     def op(self, name: str) -> OpSpec | None:
         return next((op for op in self.ops if op.name == name), None)
@@ -73,7 +80,7 @@ class Recipe:
         told += [f"op {name} left out" for name in mine if name not in theirs]
         told += list(
             dict.fromkeys(
-                f"model {mine[name].model}@{mine[name].revision} -> {op.model}@{op.revision}"
+                f"model {_told(mine[name])} -> {_told(op)}"
                 if op.model
                 else f"op {name} {mine[name].revision} -> {op.revision}"
                 for name, op in theirs.items()
@@ -88,4 +95,13 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict) -> Recipe:
-        return cls(**{**values, "ops": tuple(OpSpec(**op) for op in values["ops"])})
+        return cls(**{**values, "ops": tuple(_op_from(op) for op in values["ops"])})
+
+
+def _op_from(values: dict) -> OpSpec:
+    return OpSpec(**{**values, "settings": tuple(tuple(pair) for pair in values.get("settings", ()))})
+
+
+def _told(op: OpSpec) -> str:
+    settings = "".join(f" {name}={value}" for name, value in op.settings)
+    return f"{op.model}@{op.revision}{settings}"

@@ -17,6 +17,7 @@ import torch
 
 from schemas.tables import column
 from vlm_ops.models import Caption, ImageEncoding, ModelInfo
+from vlm_ops.models.settings import ModelSettings
 from vlm_ops.ops import ImageBatch
 from vlm_ops.preprocessing import THUMBNAIL, Preprocessing
 
@@ -25,15 +26,15 @@ NAMES = ("red", "green", "blue")
 PREPROCESSING = Preprocessing(size=8, fit="cover", crop_fraction=0.5)
 
 
-def describe(spec: str) -> ModelInfo:
+def describe(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
     return ModelInfo(spec, "1", frozenset({"features", "grid", "labels", "embedding", "caption", "match"}))
 
 
-def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> ToyImageModel:
+def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> ToyImageModel:
     return ToyImageModel(describe(spec))
 
 
-def load_text_model(spec: str, device: str) -> ToyTextModel:
+def load_text_model(spec: str, settings: ModelSettings) -> ToyTextModel:
     return ToyTextModel(describe(spec))
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from schemas.recipes import DEFAULT_MAX_CATEGORIES, DEFAULT_MIN_SCORE
 from schemas.tags import Category, ImageEvidence
 from schemas.taxonomy import Node, Taxonomy
-from vlm_ops.category_calibration import CategoryCalibration, fit
+from vlm_ops.category_calibration import CategoryCalibration, fit, softmax
 from vlm_ops.models import TextModel, describe_model, load_text_model, require_text_side
 from vlm_ops.models.onnx_engine import cached_file
 
@@ -400,12 +400,6 @@ class TextVectors:
 def words_of(text: str) -> list[str]:
     """Words that say what a text is about, in lower case."""
     return [word for word in _WORD.findall(text[: 20 * _MAX_WORDS].lower()) if word not in _STOP_WORDS][:_MAX_WORDS]
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """float[n, p], rows sum to 1."""
-    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponents / exponents.sum(axis=1, keepdims=True)
 
 
 def _words_beside(evidence: ImageEvidence) -> list[str]:

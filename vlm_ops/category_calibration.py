@@ -145,7 +145,7 @@ def fit(
     right = (targets @ members.T.astype(np.float32) > 0)[:, visible]
     weights = _weights(similarities, right, importance, start.weights)
     logits = np.sum([weights[kind] * each for kind, each in similarities.items()], axis=0)
-    scores = _softmax(logits) @ members[visible].astype(np.float32)
+    scores = softmax(logits) @ members[visible].astype(np.float32)
     return CategoryCalibration(
         start.model,
         {kind: round(float(weights.get(kind, start.weights[kind])), 3) for kind in EVIDENCE},
@@ -174,8 +174,8 @@ def _weights(
     first, second = np.zeros(len(kinds)), np.zeros(len(kinds))
     for step in range(1, _STEPS + 1):
         logits = np.sum([np.exp(log) * similarities[kind] for log, kind in zip(logs, kinds, strict=True)], axis=0)
-        everywhere = _softmax(logits)
-        among_right = _softmax(np.where(right, logits, -1e9))
+        everywhere = softmax(logits)
+        among_right = softmax(np.where(right, logits, -1e9))
         gradient = np.array(
             [
                 weight * np.average(((among_right - everywhere) * similarities[kind]).sum(1), weights=importance)
@@ -234,6 +234,7 @@ def log_odds(scores: np.ndarray) -> np.ndarray:
     return np.log(kept / (1 - kept))
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """float[n, p], rows sum to 1."""
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exponents / exponents.sum(axis=1, keepdims=True)

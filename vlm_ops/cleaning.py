@@ -13,6 +13,7 @@ from typing import Any
 
 from schemas.catalog import CatalogLayout, is_data_file
 from vlm_ops import storage
+from vlm_ops.delta_tables import current_since
 from vlm_ops.states import CatalogState, commits, state_of
 from vlm_ops.tag_states import tag_parts_since
 
@@ -70,11 +71,8 @@ def unneeded_files(
     """
     files = stored_files(catalog, storage_options)
     needed: set[str] = set()
-    superseded_at: datetime | None = None
-    for commit in commits(catalog, storage_options):  # newest first
-        if superseded_at is None or superseded_at >= since:
-            needed |= needed_files(state_of(catalog, commit, storage_options))
-        superseded_at = datetime.fromisoformat(commit.record.committed_at)
+    for commit in current_since(commits(catalog, storage_options), since, lambda commit: commit.record.committed_at):
+        needed |= needed_files(state_of(catalog, commit, storage_options))
     needed |= {f"tags/{name}" for name in tag_parts_since(catalog, since, storage_options)}
     return [
         file

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from vlm_ops import storage
 
 _APPLICATION = "beamsight"
 _NEWEST_ENTRIES = 8  # what is looked for in a log is nearly always among these
+_Entry = TypeVar("_Entry")
 
 
 class CommitConflictError(RuntimeError):
@@ -188,6 +190,17 @@ def log_entries(table: DeltaTable) -> Iterator[dict[str, Any]]:
     yield from newest
     if len(newest) == _NEWEST_ENTRIES:
         yield from storage.persistent(table.history)()[_NEWEST_ENTRIES:]
+
+
+def current_since(
+    entries: Iterable[_Entry], since: datetime, committed_at: Callable[[_Entry], str]
+) -> Iterator[_Entry]:
+    """Of commits, newest first, those whose state readers may have seen at or after a moment."""
+    superseded_at: datetime | None = None
+    for entry in entries:
+        if superseded_at is None or superseded_at >= since:
+            yield entry
+        superseded_at = datetime.fromisoformat(committed_at(entry))
 
 
 def conflict(uri: str, detail: str) -> CommitConflictError:

@@ -31,7 +31,7 @@ from vlm_ops import storage
 from vlm_ops.batch_limits import BatchLimits, is_out_of_memory, release_cached_memory
 from vlm_ops.contents import ContentDigest, KnownContents, ShardRows, StoredRows, sha256_of
 from vlm_ops.images import ImageFacts, decode, preprocess
-from vlm_ops.models import resolve_device
+from vlm_ops.models.settings import ModelSettings, resolve_device
 from vlm_ops.ops import ImageBatch, Op, load_ops, reader_columns, schema_of, wanted_pixels
 from vlm_ops.parts import PartSummary, PartWriter, has_failures_part, read_summary, writing_part
 from vlm_ops.preprocessing import Preprocessing
@@ -53,7 +53,7 @@ class EnrichConfig:
         recipe: What to compute.
         run_id: Goes into the rows.
         read: How to read shards.
-        device: `auto`, `cpu` or `cuda`.
+        settings: Where models run; what they compute, the recipe says.
         batch_size: Images a batch; None chooses by the device.
         num_threads: Batches at work at once in a process.
         known_contents: URI of what the catalog knows already (`contents.write_known_contents`), to be copied
@@ -64,7 +64,7 @@ class EnrichConfig:
     recipe: Recipe
     run_id: str
     read: ReadConfig
-    device: str = "auto"
+    settings: ModelSettings = field(default_factory=ModelSettings)
     batch_size: int | None = None
     num_threads: int = 2
     known_contents: str | None = None
@@ -122,10 +122,10 @@ class Enricher:
     """Models, ops and threads of one process."""
 
     def __init__(self, config: EnrichConfig) -> None:
-        device = resolve_device(config.device)
+        device = resolve_device(config.settings.device)
         self.config = config
-        self.batch_size = config.batch_size or _BATCH_SIZE[device]
-        self.ops = load_ops(config.recipe.ops, device)
+        self.batch_size = config.batch_size or _BATCH_SIZE[device.partition(":")[0]]
+        self.ops = load_ops(config.recipe.ops, config.settings)
         self.preprocessings = wanted_pixels(self.ops)
         self.schema = schema_of(config.recipe.ops)
         filled = {column.name for op in self.ops for column in op.columns}
@@ -480,8 +480,7 @@ def _concatenated(rows: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Recor
 
 def _timed_op(op: Op, batch: ImageBatch) -> dict[str, pa.Array]:
     """Runs an op, and books its own seconds apart from those of a model that it shares."""
-    started, model_sec = time.perf_counter(), batch.stage_sec.get("model", 0.0)
+    started, booked = time.perf_counter(), sum(batch.stage_sec.values())
     columns = op(batch)
-    own = time.perf_counter() - started - (batch.stage_sec.get("model", 0.0) - model_sec)
-    batch.stage_sec[op.name] = batch.stage_sec.get(op.name, 0.0) + own
+    batch.book(op.name, time.perf_counter() - started - (sum(batch.stage_sec.values()) - booked))
     return columns

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from schemas.tables import op_columns
+from schemas.tables import BOX_SIDES, op_columns
 from vlm_ops.images import resize
 from vlm_ops.models.backbones import sha256_of
 from vlm_ops.models.onnx_engine import OnnxEngine
@@ -62,7 +62,7 @@ class FacesOp:
         found = self._detector.faces_of(batch)
         rows = [
             [
-                {"box": dict(zip(("left", "top", "right", "bottom"), box, strict=True)), "score": score}
+                {"box": dict(zip(BOX_SIDES, box, strict=True)), "score": score}
                 for box, score in zip(faces.boxes.tolist(), faces.scores.tolist(), strict=True)
             ]
             for faces in found

@@ -14,14 +14,13 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from schemas.tables import CROP_ASPECTS, op_columns
+from schemas.tables import BOX_SIDES, CROP_ASPECTS, op_columns
 from vlm_ops.faces import PIXELS as FACE_PIXELS
 from vlm_ops.faces import FacesOp, face_detector
 from vlm_ops.models import ImageModel
 from vlm_ops.ops import ImageBatch, ModelOp, type_of
 from vlm_ops.preprocessing import Preprocessing
 
-_SIDES = ("left", "top", "right", "bottom")
 _RESOLUTION = 64  # cells along a side, in which energy is added up
 _BACKGROUND = 0.5  # the share of the cells that are background at least
 _FACE_WEIGHT = 1.0  # of all faces, where the energy of the map is 1
@@ -55,7 +54,9 @@ class FocusOp(ModelOp):
             x, y = focus_point(energy)
             points.append({"x": x, "y": y})
             boxes = best_crops(energy, faces.boxes, facts.width / facts.height)
-            crops.append([{"aspect": name, "box": dict(zip(_SIDES, box, strict=True))} for name, box in boxes.items()])
+            crops.append(
+                [{"aspect": name, "box": dict(zip(BOX_SIDES, box, strict=True))} for name, box in boxes.items()]
+            )
         return {
             "focus": pa.array(points, type_of(self, "focus")),
             "crops": pa.array(crops, type_of(self, "crops")),

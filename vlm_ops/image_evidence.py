@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,11 +21,23 @@ EVIDENCE_COLUMNS = (
 )  # fmt: skip
 # What decides the others: the ops give equal images equal rows.
 ROW_COLUMNS = ("uri", "key", "content_sha256", "recipe_id", "source_captions", "source_metadata")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def evidence_of(rows: pa.RecordBatch) -> list[ImageEvidence]:
     """One of each row; columns that an older part lacks count as null."""
     return [_evidence(row) for row in rows.select([n for n in EVIDENCE_COLUMNS if n in rows.schema.names]).to_pylist()]
+
+
+def metadata_of(text: str | None) -> Mapping[str, Any]:
+    """`source_metadata` parsed; what is no JSON object says nothing."""
+    try:
+        values = json.loads(text) if text else {}
+        if text and _SURROGATE.search(text):  # half a character, which nothing can be written with
+            values = json.loads(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def row_hashes(rows: pa.RecordBatch) -> list[str]:
@@ -64,7 +77,7 @@ def _evidence(row: Mapping[str, Any]) -> ImageEvidence:
         caption_score=row.get("caption_score"),
         labels=tuple(Label(label["name"], label["score"]) for label in row.get("labels") or ()),
         source_captions=tuple(text for text in row.get("source_captions") or () if text),
-        metadata=_metadata(row.get("source_metadata")),
+        metadata=metadata_of(row.get("source_metadata")),
         texts=None if texts is None else tuple(FoundText(t["text"], t["score"], Box(**t["box"])) for t in texts),
         text_share=row.get("text_share"),
         nsfw_score=row.get("nsfw_score"),
@@ -76,15 +89,6 @@ def _evidence(row: Mapping[str, Any]) -> ImageEvidence:
         plain_background=parts.get("plain_background"),
         border=parts.get("border"),
     )
-
-
-def _metadata(text: str | None) -> Mapping[str, Any]:
-    """What the reader stored is a JSON object; what is none says nothing."""
-    try:
-        values = json.loads(text) if text else {}
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def batches(parquet: Any, batch_size: int) -> Iterator[pa.RecordBatch]:

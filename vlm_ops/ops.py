@@ -31,7 +31,8 @@ from schemas.recipes import DEFAULT_OPS, OP_GROUPS, OpSpec
 from schemas.samples import Sample
 from schemas.tables import READER_COLUMNS, images_schema, op_columns
 from vlm_ops.images import ImageFacts
-from vlm_ops.models import ImageEncoding, ImageModel, MatchingModel, describe_model, load_image_model
+from vlm_ops.models import ImageEncoding, ImageModel, MatchingModel, ModelInfo, describe_model, load_image_model
+from vlm_ops.models.settings import CAPTION_SETTINGS, ModelSettings, recorded, with_recorded
 from vlm_ops.preprocessing import Preprocessing
 
 NUM_LABELS = 5
@@ -68,9 +69,16 @@ class ImageBatch:
 
     def _encode(self, model: ImageModel) -> ImageEncoding:
         started = time.perf_counter()
-        encoding = model.encode_images(self.pixels[model.preprocessing])
-        self.stage_sec["model"] = self.stage_sec.get("model", 0.0) + time.perf_counter() - started
+        form = model.preprocessing
+        encoding = model.encode_images(self.contents(form) if form.fit == "contain" else self.pixels[form])
+        self.book("model", time.perf_counter() - started - (encoding.caption_sec or 0.0))
+        if encoding.caption_sec is not None:
+            self.book(CaptionOp.name, encoding.caption_sec)
         return encoding
+
+    def book(self, stage: str, seconds: float) -> None:
+        """Adds to the seconds of a stage."""
+        self.stage_sec[stage] = self.stage_sec.get(stage, 0.0) + seconds
 
     def shared(self, key: Hashable, make: Callable[[], _T]) -> _T:
         """What several ops need of this batch, made by the first that asks."""
@@ -222,28 +230,55 @@ def op_class(name: str) -> type[Any]:
         raise ValueError(f"cannot load op {name!r}: {error}") from error
 
 
-def default_ops(model_spec: str) -> tuple[str, ...]:
-    """The usual ops, as far as a model serves them.
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which models serve the ops of a recipe, and how they are run.
+
+    Attributes:
+        spec: Of the ops that `of_ops` does not name.
+        of_ops: Model specs by the names of ops.
+        settings: Of all of them.
+    """
+
+    spec: str
+    of_ops: Mapping[str, str] = field(default_factory=dict)
+    settings: ModelSettings = field(default_factory=ModelSettings)
+
+    def spec_of(self, op_name: str) -> str:
+        return self.of_ops.get(op_name, self.spec)
+
+    def describe(self, op_name: str) -> ModelInfo:
+        return describe_model(self.spec_of(op_name), self.settings)
+
+
+def default_ops(models: ModelChoice) -> tuple[str, ...]:
+    """The usual ops, as far as their models serve them, and those for which a model was named.
 
     Raises:
         ValueError: There is no such model.
     """
-    produces = describe_model(model_spec).produces
-    return tuple(name for name in DEFAULT_OPS if op_class(name).capability in {None, *produces})
+    capabilities = {name: op_class(name).capability for name in DEFAULT_OPS}
+    return tuple(
+        name
+        for name, capability in capabilities.items()
+        if capability is None or name in models.of_ops or capability in models.describe(name).produces
+    )
 
 
-def plan_ops(names: Iterable[str], model_spec: str) -> tuple[OpSpec, ...]:
-    """Op names and the spec of their model -> the ops of a recipe, checked without loading weights.
+def plan_ops(names: Iterable[str], models: ModelChoice | str) -> tuple[OpSpec, ...]:
+    """Op names and their models -> the ops of a recipe, checked without loading weights.
 
     Args:
         names: Ops, and groups of them: `default` (see `default_ops`), or one of `OP_GROUPS`.
+        models: The models; one that serves all ops may be named by its spec.
 
     Raises:
-        ValueError: An op is unknown, named twice, or reads an unknown column; the model cannot serve it, or its packages
-            are not installed.
+        ValueError: An op is unknown, named twice, or reads an unknown column; its model cannot serve it, or its packages
+            are not installed; a model or setting is given that no op reads.
     """
+    models = ModelChoice(models) if isinstance(models, str) else models
     specs: list[OpSpec] = []
-    for name in _without_groups(names, model_spec):
+    for name in _without_groups(names, models):
         capability = op_class(name).capability
         for column in getattr(op_class(name), "reads", ()):
             if column not in READER_COLUMNS:
@@ -255,31 +290,57 @@ def plan_ops(names: Iterable[str], model_spec: str) -> tuple[OpSpec, ...]:
         if capability is None:
             specs.append(OpSpec(name, revision=revision))
             continue
-        info = describe_model(model_spec)
+        info = models.describe(name)
         if capability not in info.produces:
-            can = ", ".join(sorted(info.produces))
-            raise ValueError(f"model {model_spec!r} cannot serve op {name!r}; it serves: {can}")
-        specs.append(OpSpec(name, info.spec, info.revision if revision is None else f"{info.revision}+{revision}"))
+            can = ", ".join(sorted(info.produces)) or "texts alone"
+            raise ValueError(f"model {models.spec_of(name)!r} cannot serve op {name!r}; it serves: {can}")
+        settings = recorded(models.settings, name)
+        _check_taken(info, settings)
+        revision = info.revision if revision is None else f"{info.revision}+{revision}"
+        specs.append(OpSpec(name, info.spec, revision, settings))
+    _check_read(models, [spec.name for spec in specs])
     return tuple(specs)
 
 
-def _without_groups(names: Iterable[str], model_spec: str) -> Iterator[str]:
+def _check_taken(info: ModelInfo, settings: Iterable[tuple[str, Any]]) -> None:
+    """Finds what a captioner would not follow."""
+    for name, value in settings:
+        if name in CAPTION_SETTINGS and name not in info.takes:
+            takes = ", ".join(f"--{each}" for each in sorted(info.takes)) or "none of these settings"
+            raise ValueError(f"model {info.spec!r} does not follow --{name} {value}; it takes {takes}")
+
+
+def _check_read(models: ModelChoice, names: Sequence[str]) -> None:
+    """Finds what was given in vain."""
+    for name, spec in models.of_ops.items():
+        if name not in names:
+            raise ValueError(f"model {spec!r} was named for op {name!r}, which is not computed; add it to --ops")
+    if "caption" not in names and (given := recorded(models.settings, "caption")):
+        unread = [setting for setting, _ in given if setting in CAPTION_SETTINGS]
+        if unread:
+            raise ValueError(f"--{unread[0]} is for captions, which are not computed; add caption to --ops")
+
+
+def _without_groups(names: Iterable[str], models: ModelChoice) -> Iterator[str]:
     for name in names:
-        yield from default_ops(model_spec) if name == "default" else OP_GROUPS.get(name, (name,))
+        yield from default_ops(models) if name == "default" else OP_GROUPS.get(name, (name,))
 
 
-def check_installed(specs: Iterable[OpSpec]) -> None:
+def check_installed(specs: Iterable[OpSpec], settings: ModelSettings | None = None) -> None:
     """Finds out before any work whether models and packages of a recipe are the installed ones.
+
+    Args:
+        settings: Where models run, and whether code of their repositories may.
 
     Raises:
         ValueError: A model is unknown here, a package is missing, or one has another revision than the recipe's.
     """
     for spec in specs:
-        _check_revision(spec)
+        _check_revision(spec, with_recorded(settings or ModelSettings(), spec.settings))
 
 
-def _check_revision(spec: OpSpec) -> None:
-    (installed,) = plan_ops([spec.name], spec.model or "")
+def _check_revision(spec: OpSpec, settings: ModelSettings) -> None:
+    (installed,) = plan_ops([spec.name], ModelChoice(spec.model or "", settings=settings))
     if installed.revision != spec.revision:
         of_what = f"model {spec.model}" if spec.model else f"op {spec.name}"
         here = f"{spec.model or spec.name}@{installed.revision}"
@@ -304,26 +365,32 @@ def _installed_revision(name: str) -> str | None:
     return op.revision() if hasattr(op, "revision") else None
 
 
-def load_ops(specs: Iterable[OpSpec], device: str = "auto") -> list[Op]:
+def load_ops(specs: Iterable[OpSpec], settings: ModelSettings | None = None) -> list[Op]:
     """Loads each model once and makes the ops, in the recipe's order.
+
+    Args:
+        settings: Where models run; what they compute, the recipe says.
 
     Raises:
         ValueError: The model that is installed here has another revision than the recipe's.
     """
-    specs = list(specs)
-    check_installed(specs)
+    specs, settings = list(specs), settings or ModelSettings()
+    check_installed(specs, settings)
     outputs: dict[str, set[str]] = {}
+    asked: dict[str, dict[str, Any]] = {}
     for spec in specs:
         if spec.model is not None:
             op = op_class(spec.name)
             outputs.setdefault(spec.model, set()).update(getattr(op, "outputs", {op.capability}))
+            asked.setdefault(spec.model, {}).update(spec.settings)
     models: dict[str, ImageModel] = {}
     ops: list[Op] = []
     for spec in specs:
         model = None
         if spec.model is not None:
             if spec.model not in models:
-                models[spec.model] = load_image_model(spec.model, device, frozenset(outputs[spec.model]))
+                run = with_recorded(settings, asked[spec.model].items())
+                models[spec.model] = load_image_model(spec.model, run, frozenset(outputs[spec.model]))
             model = models[spec.model]
         ops.append(op_class(spec.name)(model))
     return ops

@@ -159,20 +159,28 @@ def writing_part(
             num_copied=writer.num_copied,
             content_digest=writer.content_digest,
         )
-        parquet.add_key_value_metadata({_SUMMARY.decode(): json.dumps(asdict(summary))})
+        store_summary(parquet, summary)
 
 
 def read_summary(catalog: CatalogLayout, name: str, storage_options: storage.StorageOptions) -> PartSummary | None:
     """Summary of a part, or None where there is no such part."""
-    uri = f"{catalog.images}/{name}"
+    stored = stored_summary(f"{catalog.images}/{name}", storage_options)
+    return PartSummary(**stored) if stored else None
+
+
+def stored_summary(uri: str, storage_options: storage.StorageOptions) -> dict[str, Any] | None:
+    """What a part of any table says of itself in its footer, and its size; None where there is no such part."""
     fs = storage.filesystem(uri, storage_options)
     if not fs.exists(uri):
         return None
     with fs.open(uri, "rb") as file:
         stored = (pq.read_metadata(file).metadata or {}).get(_SUMMARY)
-    if stored is None:
-        return None
-    return PartSummary(**{**json.loads(stored), "num_bytes": fs.size(uri)})
+    return None if stored is None else {**json.loads(stored), "num_bytes": fs.size(uri)}
+
+
+def store_summary(parquet: pq.ParquetWriter, summary: Any) -> None:
+    """Puts a dataclass into the footer of a part that is being written."""
+    parquet.add_key_value_metadata({_SUMMARY.decode(): json.dumps(asdict(summary))})
 
 
 def has_failures_part(catalog: CatalogLayout, summary: PartSummary, storage_options: storage.StorageOptions) -> bool:

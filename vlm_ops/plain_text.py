@@ -109,6 +109,14 @@ def _without_markup(text: str) -> str:
     return unicodedata.normalize("NFC", INVISIBLE.sub("", text))
 
 
+def folded(text: str) -> str:
+    """Without case and accents, and as compatible characters: "Prix RÉDUIT" -> "prix reduit"."""
+    text = text.casefold()
+    if text.isascii():
+        return text
+    return "".join(each for each in unicodedata.normalize("NFKD", text) if not unicodedata.combining(each))
+
+
 def shorten(text: str, limit: int) -> str:
     """The beginning of a plain text, at most `limit` code points, that ends with a sentence, a phrase, or a word.
 

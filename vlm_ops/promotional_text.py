@@ -7,10 +7,10 @@ has some is for a person to look at.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 
 from schemas.tags import FoundText
+from vlm_ops.plain_text import folded
 
 # Below this, what OCR read is too often something else.
 _LEAST_SCORE = 0.7
@@ -87,7 +87,7 @@ def promotional_text(texts: Sequence[FoundText]) -> tuple[str, ...]:
     A line that says so only together with the one that follows, as "50%" and "OFF" do, counts as both of them.
     """
     lines = [each for each in texts if each.score >= _LEAST_SCORE and each.box.bottom - each.box.top >= _LEAST_HEIGHT]
-    read = [_plain(each.text) for each in lines]
+    read = [folded(each.text[:_MAX_CHARACTERS]) for each in lines]
     says = [_advertises(line) for line in read]
     for at in range(len(lines) - 1):
         if not (says[at] or says[at + 1]) and _advertises(f"{read[at]} {read[at + 1]}"):
@@ -97,9 +97,3 @@ def promotional_text(texts: Sequence[FoundText]) -> tuple[str, ...]:
 
 def _advertises(line: str) -> bool:
     return _PROMOTIONAL.search(_NOT_PROMOTIONAL.sub(" ", line)) is not None
-
-
-def _plain(text: str) -> str:
-    """Without case and accents: "Prix RÉDUIT" -> "prix reduit"."""
-    parted = unicodedata.normalize("NFKD", text[:_MAX_CHARACTERS].casefold())
-    return "".join(character for character in parted if not unicodedata.combining(character))

@@ -60,10 +60,8 @@ def seconds_per_byte(catalog: CatalogLayout, recipe: Recipe, storage_options: st
 
 def _manifests(catalog: CatalogLayout, storage_options: storage.StorageOptions) -> Iterator[RunManifest]:
     """Newest first; runs that were killed have none."""
-    fs = storage.filesystem(catalog.runs, storage_options)
-    fs.invalidate_cache()
     try:
-        names = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(catalog.runs, detail=False)]
+        names = storage.names_in(catalog.runs, storage_options)
     except FileNotFoundError:
         return
     for run_id in sorted(names, reverse=True):

@@ -320,9 +320,7 @@ def check_parts_are_there(
     added = {part.name for part in new} - {part.name for part in old}
     if not added:
         return
-    fs = storage.filesystem(uri, storage_options)
-    fs.invalidate_cache()
-    missing = added - {str(path).rsplit("/", 1)[-1] for path in fs.ls(uri, detail=False)}
+    missing = added - storage.names_in(uri, storage_options)
     if missing:
         raise RuntimeError(
             f"{len(missing)} parts of this run are not in {uri} any more, such as {min(missing)} (was `beamsight clean` at work?); "

@@ -167,6 +167,17 @@ def write_bytes(uri: str, data: bytes, storage_options: StorageOptions | None = 
         file.write(data)
 
 
+def names_in(uri: str, storage_options: StorageOptions | None = None) -> set[str]:
+    """Names of what a folder holds now, whatever was listed before.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+    fs = filesystem(uri, storage_options)
+    fs.invalidate_cache()
+    return {str(path).rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(uri, detail=False)}
+
+
 def exists(uri: str, storage_options: StorageOptions | None = None) -> bool:
     return filesystem(uri, storage_options).exists(uri)
 

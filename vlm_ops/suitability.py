@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ import yaml
 
 from schemas.tags import ImageEvidence, SensitiveTopic, Suitability
 from vlm_ops.models import load_text_model
+from vlm_ops.plain_text import folded
 
 LEVELS = ("floor", "high", "medium", "low")
 """Levels of risk, worst first."""
@@ -267,11 +267,7 @@ def _is_weakened(rules: Rules, parts: Sequence[str], start: int, end: int) -> bo
 
 def _plain_words(text: str) -> tuple[str, ...]:
     """Words without case, accents, hyphens and possessive s."""
-    text = text[:_MAX_CHARACTERS].casefold()
-    if not text.isascii():
-        parted = unicodedata.normalize("NFKD", text)
-        text = "".join(character for character in parted if not unicodedata.combining(character))
-    return tuple(_WORD.findall(text.replace("'s", "")))
+    return tuple(_WORD.findall(folded(text[:_MAX_CHARACTERS]).replace("'s", "")))
 
 
 def _forms(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

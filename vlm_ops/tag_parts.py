@@ -7,10 +7,9 @@ are taken over from the tags of the old one.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -22,8 +21,7 @@ from schemas.tags import TAGS, TagRecipe
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart
 from vlm_ops.image_evidence import ROW_COLUMNS, row_hashes
-
-_SUMMARY = "beamsight.tags"
+from vlm_ops.parts import store_summary, stored_summary
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,13 @@ def plan_tags(images: Sequence[LivePart], tags: Sequence[LivePart], recipe: TagR
     """
     images = [part for part in images if part.num_rows]
     live = {(part.shard_id, part.recipe_id): part for part in tags}
-    keys = {part.name: (_shard_id(part), recipe.recipe_id) for part in images}
+    recipe_id = recipe.recipe_id
+    keys = {part.name: (_shard_id(part), recipe_id) for part in images}
     kept = {} if revision else {name: live[key] for name, key in keys.items() if key in live}
+    staying = {part.name for part in kept.values()}
     replaced: dict[str | None, list[str]] = {}
     for part in tags:
-        if part.recipe_id == recipe.recipe_id and part not in kept.values():
+        if part.recipe_id == recipe_id and part.name not in staying:
             replaced.setdefault(part.location_id, []).append(part.name)
     work = []
     for part in images:
@@ -115,15 +115,8 @@ class TagSummary:
 
 def read_tag_summary(catalog: CatalogLayout, name: str, storage_options: storage.StorageOptions) -> TagSummary | None:
     """Summary of a part, or None where there is no such part."""
-    uri = f"{catalog.tags}/{name}"
-    fs = storage.filesystem(uri, storage_options)
-    if not fs.exists(uri):
-        return None
-    with fs.open(uri, "rb") as file:
-        stored = (pq.read_metadata(file).metadata or {}).get(_SUMMARY.encode())
-    if stored is None:
-        return None
-    return TagSummary(**{**json.loads(stored), "num_bytes": fs.size(uri), "is_reused": True})
+    stored = stored_summary(f"{catalog.tags}/{name}", storage_options)
+    return TagSummary(**{**stored, "is_reused": True}) if stored else None
 
 
 def num_unknown(catalog: CatalogLayout, work: TagWork, storage_options: storage.StorageOptions) -> int:
@@ -141,10 +134,8 @@ def finished(
     catalog: CatalogLayout, work: Iterable[TagWork], storage_options: storage.StorageOptions
 ) -> Iterator[TagWork]:
     """Those whose parts are there by now."""
-    fs = storage.filesystem(catalog.tags, storage_options)
-    fs.invalidate_cache()
     try:
-        names = {str(path).rsplit("/", 1)[-1] for path in fs.ls(catalog.tags, detail=False)}
+        names = storage.names_in(catalog.tags, storage_options)
     except FileNotFoundError:
         return
     yield from (each for each in work if each.name in names)
@@ -170,7 +161,7 @@ def write_tags(
                 parquet.write_batch(rows)
                 num_rows, num_kept = num_rows + rows.num_rows, num_kept + kept
             summary = TagSummary(work.name, num_rows, num_kept, stage_sec=stage_sec)
-            parquet.add_key_value_metadata({_SUMMARY: json.dumps(asdict(summary))})
+            store_summary(parquet, summary)
         return TagSummary(**{**vars(summary), "num_bytes": os.path.getsize(path)})
 
 

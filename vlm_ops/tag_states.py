@@ -8,7 +8,7 @@ from datetime import datetime
 from schemas.catalog import CatalogLayout
 from schemas.tags import TagRecord
 from vlm_ops import storage
-from vlm_ops.delta_tables import LivePart, live_parts, log_entries, open_table, sequence_of
+from vlm_ops.delta_tables import LivePart, current_since, live_parts, log_entries, open_table, sequence_of
 
 TAG_RECORD = "beamsight"  # the field of a log entry that holds a TagRecord
 
@@ -52,13 +52,9 @@ def existing_tags(catalog: CatalogLayout, storage_options: storage.StorageOption
 def tag_parts_since(catalog: CatalogLayout, since: datetime, storage_options: storage.StorageOptions) -> set[str]:
     """Names of the parts of all states of the tags that were current at or after a moment."""
     table = open_table(catalog.tags, storage_options)
+    records = (entry for entry in log_entries(table) if TAG_RECORD in entry) if table else ()
     names: set[str] = set()
-    superseded_at: datetime | None = None
-    for entry in log_entries(table) if table else ():  # newest first
-        if TAG_RECORD not in entry:
-            continue
-        if superseded_at is None or superseded_at >= since:
-            version = open_table(catalog.tags, storage_options, entry["version"])
-            names |= {part.name for part in live_parts(version)}
-        superseded_at = datetime.fromisoformat(TagRecord.from_json(entry[TAG_RECORD]).committed_at)
+    for entry in current_since(records, since, lambda entry: TagRecord.from_json(entry[TAG_RECORD]).committed_at):
+        version = open_table(catalog.tags, storage_options, entry["version"])
+        names |= {part.name for part in live_parts(version)}
     return names

@@ -83,6 +83,13 @@ class Tagger:
 
     def __init__(self, config: TagConfig) -> None:
         self.config = config
+        self._provenance = {
+            "taxonomy_name": config.recipe.taxonomy,
+            "taxonomy_version": config.recipe.taxonomy_version,
+            "taxonomy_hash": config.recipe.taxonomy_hash,
+            "tag_recipe_id": config.recipe.recipe_id,
+            "run_id": config.run_id,
+        }
         self._writer = None
         if config.text_model:
             from vlm_ops.text_writer import TextWriter  # heavy, and seldom needed
@@ -103,19 +110,19 @@ class Tagger:
         earlier = rows_by_image(catalog, work.earlier, self.config.storage_options)
         with storage.open_for_reading(f"{catalog.images}/{work.images_part}", self.config.storage_options) as file:
             for rows in batches(pq.ParquetFile(file), _BATCH_SIZE):
-                ids = zip(rows.column("image_id").to_pylist(), row_hashes(rows), strict=True)
+                hashes = row_hashes(rows)
+                ids = zip(rows.column("image_id").to_pylist(), hashes, strict=True)
                 made: list[dict[str, Any] | None] = [earlier.get(key) for key in ids]
                 missing = [row for row, stored in enumerate(made) if stored is None]
                 new = self.rows_of(rows.take(pa.array(missing, pa.int64())), stage_sec) if missing else []
                 for row, values in zip(missing, new, strict=True):
-                    made[row] = values
+                    made[row] = values | {"row_hash": hashes[row]}
                 yield pa.RecordBatch.from_pylist([row for row in made if row], TAGS), len(made) - len(missing)
 
     def rows_of(self, rows: pa.RecordBatch, stage_sec: dict[str, float]) -> list[dict[str, Any]]:
-        """Rows of `images` -> rows of `tags`."""
+        """Rows of `images` -> rows of `tags`, but for their `row_hash`."""
         clock = _Clock(stage_sec)
         evidences = evidence_of(rows)
-        hashes = row_hashes(rows)
         positions, embeddings = embeddings_of(rows)
         clock.book("read")
         categories: list[tuple[Category, ...]] = [()] * len(evidences)
@@ -142,13 +149,12 @@ class Tagger:
             ImageTags(evidence, each, level, written, ad_slots(evidence, self.config.on))
             for evidence, each, level, written in zip(evidences, categories, suitability, texts, strict=True)
         ]
-        made = [self._row(tags, row_hash) for tags, row_hash in zip(all_tags, hashes, strict=True)]
+        made = [self._row(tags) | self._provenance for tags in all_tags]
         clock.book("slots and rows")
         return made
 
-    def _row(self, tags: ImageTags, row_hash: str) -> dict[str, Any]:
-        evidence, recipe, reasons = tags.evidence, self.config.recipe, tags.review_reasons
-        focus = evidence.focus
+    def _row(self, tags: ImageTags) -> dict[str, Any]:
+        evidence, focus = tags.evidence, tags.evidence.focus
         return {
             "image_id": evidence.image_id,
             "uri": evidence.uri,
@@ -165,14 +171,8 @@ class Tagger:
             "text_share": evidence.text_share,
             "num_faces": None if evidence.faces is None else len(evidence.faces),
             "rights": rights(evidence.metadata),
-            **review(reasons),
+            **review(tags.review_reasons),
             "tag_source": {name: tags.texts.sources.get(name) for name in TEXT_FIELDS},
-            "taxonomy_name": recipe.taxonomy,
-            "taxonomy_version": recipe.taxonomy_version,
-            "taxonomy_hash": recipe.taxonomy_hash,
-            "tag_recipe_id": recipe.recipe_id,
-            "row_hash": row_hash,
-            "run_id": self.config.run_id,
         }
 
 

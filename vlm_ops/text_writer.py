@@ -30,7 +30,8 @@ from schemas.tags import Category, ImageEvidence, TagTexts
 from vlm_ops import text_rules
 from vlm_ops.batch_limits import is_out_of_memory, release_cached_memory
 from vlm_ops.mentions import words
-from vlm_ops.models import huggingface, language_model, resolve_device
+from vlm_ops.models import huggingface, language_model
+from vlm_ops.models.settings import resolve_device
 from vlm_ops.plain_text import plain, shorten
 from vlm_ops.tag_texts import DECORATIVE, FEW_KEYWORDS, MIN_LABEL_SCORE, NOTHING_KNOWN, slug
 

@@ -10,7 +10,7 @@ import numpy as np
 from pipelines.corpora import encode_corpus, matrix, with_captions
 from pipelines.evaluations.report import Evaluation, Example, evaluation_of
 from pipelines.matching import load_matching_model, match_pairs, require_match
-from pipelines.options import EvaluateOptions
+from pipelines.options import EvaluateOptions, model_settings
 from vlm_ops.metrics import Estimate, accuracy, area_under_curve, bootstrap
 from vlm_ops.models import ImageEncoding, describe_model
 from vlm_ops.pairs import NO_IMAGE, other_images
@@ -28,8 +28,9 @@ def measure(options: EvaluateOptions) -> Evaluation:
         ValueError: The model cannot match, or no two images have different captions.
         FileNotFoundError: A pattern matches nothing.
     """
-    require_match(options.model)
-    kept = [each for each in _KEPT if each[0] in describe_model(options.model).produces]
+    settings = model_settings(options)
+    require_match(options.model, settings)
+    kept = [each for each in _KEPT if each[0] in describe_model(options.model, settings).produces]
     columns = [column for _, column, _ in kept]
     corpus, _ = encode_corpus(options, options.input, ("quality", *(op for op, _, _ in kept)), columns)
     table = with_captions(corpus, options.input)
@@ -40,7 +41,7 @@ def measure(options: EvaluateOptions) -> Evaluation:
         raise ValueError(
             f"no two images of {' '.join(options.input)} have different captions, so there are no wrong pairs; give more"
         )
-    model = load_matching_model(options.model, options.device)
+    model = load_matching_model(options.model, settings)
     images = np.concatenate([owners, others])
     probabilities = match_pairs(model, ImageEncoding(**arrays), images, [*texts, *texts], options.num_workers)
     # The pairs of one image's captions are no independent draws.

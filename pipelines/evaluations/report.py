@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.options import EvaluateOptions
+from pipelines.options import EvaluateOptions, model_settings
+from vlm_ops.image_evidence import metadata_of
 from vlm_ops.metrics import Estimate
 from vlm_ops.models import describe_model
 from vlm_ops.pages import Section, card, render_gallery
@@ -51,7 +52,9 @@ def evaluation_of(
 ) -> Evaluation:
     """Of all examples, the first ones of each section, and no image twice in a section."""
     shown = {title: first_of_each(section) for title, section in examples.items()}
-    return Evaluation(options.task, describe_model(options.model).name, options.input, counts, figures, shown)
+    return Evaluation(
+        options.task, describe_model(options.model, model_settings(options)).name, options.input, counts, figures, shown
+    )
 
 
 def best_and_worst(examples: Sequence[Example]) -> dict[str, Sequence[Example]]:
@@ -66,7 +69,7 @@ def mean(values: np.ndarray) -> float:
 
 def metadata_value(row: Mapping[str, Any], name: str) -> str | None:
     """What the metadata of an image say in a field; None where they say nothing, or no single value."""
-    value = json.loads(row["source_metadata"] or "{}").get(name)
+    value = metadata_of(row["source_metadata"]).get(name)
     return None if value is None or isinstance(value, (dict, list)) else str(value)
 
 

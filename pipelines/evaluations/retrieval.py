@@ -8,7 +8,7 @@ import numpy as np
 
 from pipelines.corpora import encode_corpus, matrix, with_captions
 from pipelines.evaluations.report import Evaluation, Example, best_and_worst, evaluation_of
-from pipelines.options import EvaluateOptions
+from pipelines.options import EvaluateOptions, model_settings
 from vlm_ops.metrics import RECALL_AT, Estimate, bootstrap, image_to_text_ranks, recall_at, text_to_image_ranks
 from vlm_ops.models import load_text_model
 
@@ -25,7 +25,7 @@ def measure(options: EvaluateOptions) -> Evaluation:
     vectors, rows = matrix(table, "image_embedding"), table.drop_columns(["image_embedding"]).to_pylist()
     captions = [caption for row in rows for caption in row["source_captions"]]
     owners = np.array([number for number, row in enumerate(rows) for _ in row["source_captions"]])
-    similarity = load_text_model(options.model, options.device).encode_texts(captions) @ vectors.T
+    similarity = load_text_model(options.model, model_settings(options)).encode_texts(captions) @ vectors.T
     to_image, to_text = text_to_image_ranks(similarity, owners), image_to_text_ranks(similarity, owners)
     figures = {
         **_rank_figures("text->image", to_image, owners),

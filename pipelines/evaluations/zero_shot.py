@@ -6,7 +6,7 @@ import numpy as np
 
 from pipelines.corpora import encode_corpus, matrix
 from pipelines.evaluations.report import Evaluation, Example, best_and_worst, evaluation_of, mean, metadata_value
-from pipelines.options import EvaluateOptions
+from pipelines.options import EvaluateOptions, model_settings
 from vlm_ops.metrics import bootstrap, top_k_accuracy
 from vlm_ops.models import load_text_model
 
@@ -29,7 +29,7 @@ def measure(options: EvaluateOptions) -> Evaluation:
     rows, vectors = [all_rows[number] for number in kept], all_vectors[kept]
     names = sorted({str(labels[number]) for number in kept})
     targets = np.array([names.index(str(labels[number])) for number in kept])
-    text_model = load_text_model(options.model, options.device)
+    text_model = load_text_model(options.model, model_settings(options))
     texts = sum(
         text_model.encode_texts([each.replace("{}", name.lower()) for name in names]) for each in options.template
     )

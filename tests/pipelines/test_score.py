@@ -13,6 +13,7 @@ from pipelines import matching
 from pipelines.cli import main
 from tests.conftest import encode, tar_bytes
 from vlm_ops.models import ImageEncoding
+from vlm_ops.models.settings import CPU
 
 MODEL = ("--model", "python:tests.toys")
 COLORS = {"red": (250, 10, 10), "green": (10, 250, 10)}
@@ -93,7 +94,7 @@ def test_output_on_another_filesystem(folder: Path) -> None:
 
 def test_pairs_are_matched_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks by several threads give what one call gives."""
-    model = matching.load_matching_model("python:tests.toys", "cpu")
+    model = matching.load_matching_model("python:tests.toys", CPU)
     rng = np.random.default_rng(0)
     encoding = ImageEncoding(features=rng.random((5, 3), np.float32))
     rows, texts = rng.integers(0, 5, 100), [["red", "green", "blue"][i] for i in rng.integers(0, 3, 100)]

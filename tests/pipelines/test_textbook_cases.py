@@ -23,6 +23,7 @@ from tests.vlm_ops.test_backbone_families import IMAGE_MODELS, settled
 from tests.vlm_ops.test_language_model import CAPTIONS, save_image_encoder, save_language_model
 from vlm_ops.images import preprocess
 from vlm_ops.models import load_image_model
+from vlm_ops.models.settings import CPU
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -117,7 +118,7 @@ def test_a_matcher_on_resnet_and_bert(
         flags += ["--finetune", finetuned]
     spec = train("matcher", photos, tmp_path / "matcher", *flags, "--epochs", "120")
     assert figures(capsys.readouterr().out) == {"AUC": 1.0, "accuracy": 1.0}
-    model = load_image_model(spec, "cpu", frozenset({"match"}))
+    model = load_image_model(spec, CPU, frozenset({"match"}))
     encoding = model.encode_images(pixels_of(model))
     rows, texts = zip(*[(row, text) for row in range(8) for text in CAPTIONS], strict=True)
     matches = model.match(encoding, rows, texts).reshape(8, 8) > 0.5

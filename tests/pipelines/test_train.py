@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,6 +21,7 @@ from tests.vlm_ops.test_language_model import save_image_encoder, save_language_
 from vlm_ops.models import describe_model, load_image_backbone, load_image_model, load_text_model, load_tokenizer
 from vlm_ops.models.directory import ModelDirectory
 from vlm_ops.models.dual_encoder import DualEncoder, HeadsConfig
+from vlm_ops.models.settings import CPU
 from vlm_ops.models.writers import writer_from
 from vlm_ops.sentences import class_sentence
 from vlm_ops.training import loop
@@ -162,13 +164,13 @@ def test_the_loaded_model_equals_the_trained_one(model: Path) -> None:
         directory.fill(getattr(trained, part), part)
     pixels = np.random.default_rng(0).integers(0, 255, (5, 3, 8, 8), dtype=np.uint8)
     texts = ["lime thing", "else"]
-    base = load_image_model(TOY, "cpu").encode_images(pixels)
+    base = load_image_model(TOY, CPU).encode_images(pixels)
     inputs = {"features": torch.from_numpy(base.features), "embedding": torch.from_numpy(base.embeddings)}
     vectors = torch.from_numpy(load_text_model(TOY).encode_texts(texts))
     with torch.no_grad():
         expected, expected_texts = trained.encode_images(inputs), trained.encode_texts({"vectors": vectors})
     spec = f"dir:{model}"
-    found = load_image_model(spec, "cpu")
+    found = load_image_model(spec, CPU)
     encoding = found.encode_images(pixels)
     np.testing.assert_allclose(encoding.embeddings, expected, atol=1e-5)
     np.testing.assert_allclose(encoding.features, base.features, atol=1e-4)
@@ -301,7 +303,7 @@ def test_a_family_of_another_package_is_finetuned(kind: str, corpus: Path, tmp_p
     # The toy model has captions and matches of its own, which its backbone has not.
     own = {"dual-encoder": {"embedding", "match"}, "captioner": {"caption"}, "matcher": {"match"}}[kind]
     assert info.produces == {"features", "grid", "labels", "embedding"} | own
-    model = load_image_model(info.spec, "cpu")
+    model = load_image_model(info.spec, CPU)
     encoding = model.encode_images(shades(*WORDS.values()))
     assert encoding.features.shape == (4, 3) and encoding.grid.shape == (4, 4, 3)
     assert encoding.probabilities.shape == (4, 3)
@@ -360,14 +362,17 @@ def test_a_captioner_goes_on_with_cider(corpus: Path, tmp_path: Path, capsys: py
 def test_a_captioner_on_a_dual_encoder_chooses(model: Path, stack: Path) -> None:
     """Among what its search has found and the classes of the base, by the dual encoder's judgement."""
     spec = f"dir:{stack}"
-    images = load_image_model(spec, "cpu", frozenset({"caption"}))
+    images = load_image_model(spec, CPU, frozenset({"caption"}))
     pixels = np.random.default_rng(0).integers(0, 255, (24, 3, 8, 8), dtype=np.uint8)
     pixels[:12] = shades(*(tuple(each) for each in np.random.default_rng(1).integers(0, 255, (12, 3))))
-    captions = images.encode_images(pixels).captions
+    started = time.perf_counter()
+    encoding = images.encode_images(pixels)
+    assert 0 < encoding.caption_sec < time.perf_counter() - started
+    captions = encoding.captions
 
     directory = ModelDirectory(stack)
     writer = directory.fill(writer_from(directory.config["writer"], stack), "writer")
-    base = load_image_model(f"dir:{model}", "cpu", frozenset({"features", "grid", "labels", "embedding", "match"}))
+    base = load_image_model(f"dir:{model}", CPU, frozenset({"features", "grid", "labels", "embedding", "match"}))
     texts = load_text_model(f"dir:{model}")
     seen = base.encode_images(pixels)
     inputs = {"features": seen.features, "grid": seen.grid, "embedding": seen.embeddings}
@@ -393,7 +398,7 @@ def test_classes_are_named_only_where_they_fit_better_by_a_margin(stack: Path, t
     shutil.copytree(stack, tmp_path / "shy")
     (tmp_path / "shy" / "config.json").write_text(json.dumps(config_of(stack) | {"label_margin": 2.0}))
     pixels = shades(*(tuple(each) for each in np.random.default_rng(1).integers(0, 255, (12, 3))))
-    model = load_image_model(f"dir:{tmp_path / 'shy'}", "cpu", frozenset({"caption"}))
+    model = load_image_model(f"dir:{tmp_path / 'shy'}", CPU, frozenset({"caption"}))
     assert {caption.source for caption in model.encode_images(pixels).captions} == {"generated"}
 
 

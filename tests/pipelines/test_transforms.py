@@ -15,6 +15,7 @@ from schemas.recipes import Recipe
 from schemas.samples import ShardRef
 from tests.conftest import jpeg, tar_bytes
 from vlm_ops.enrich import EnrichConfig
+from vlm_ops.models.settings import CPU
 from vlm_ops.ops import plan_ops
 from vlm_ops.publishing import PublishConfig
 from vlm_ops.shards import ReadConfig
@@ -30,7 +31,7 @@ def test_shards_become_parts_a_run_and_an_index(tmp_path: Path) -> None:
         (tmp_path / f"{number}.tar").write_bytes(data)
         shards.append(ShardRef(str(tmp_path / f"{number}.tar"), "tar", "1", len(data)))
     catalog = str(tmp_path / "catalog")
-    enrich = EnrichConfig(catalog, RECIPE, "r", ReadConfig(10**7), device="cpu")
+    enrich = EnrichConfig(catalog, RECIPE, "r", ReadConfig(10**7), settings=CPU)
     publish = PublishConfig(catalog, RECIPE, "r", "build", "2026-01-01T00:00:00+00:00", ("in",), Gone(), 0, 0.0)
     with TestPipeline() as pipeline:
         parts = pipeline | beam.Create(shards) | EnrichShards(enrich)

@@ -38,6 +38,7 @@ from vlm_ops.models import (
 )
 from vlm_ops.models.backbones import BackboneImageModel
 from vlm_ops.models.huggingface import read_preprocessing
+from vlm_ops.models.settings import CPU, ModelSettings, resolved
 from vlm_ops.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -152,7 +153,7 @@ def spec(request: pytest.FixtureRequest, directories: dict[str, Path], resnet18:
 
 @pytest.fixture(scope="module")
 def model(spec: str) -> ImageModel:
-    return load_image_model(spec, "cpu")
+    return load_image_model(spec, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +236,7 @@ def test_cuda_equals_the_cpu(spec: str, model: ImageModel) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     pixels = pixels_of(pictures(model.preprocessing.size, 9))
-    on_cuda = load_image_model(spec, "cuda").encode_images(pixels)
+    on_cuda = load_image_model(spec, ModelSettings(device="cuda")).encode_images(pixels)
     np.testing.assert_allclose(on_cuda.features, model.encode_images(pixels).features, atol=1e-2)
 
 
@@ -327,13 +328,13 @@ def test_texts_equal_transformers(directories: dict[str, Path]) -> None:
             inputs = tokenizer(text, truncation=True, return_tensors="pt")
             mean = net(**inputs).last_hidden_state[0].mean(0)
         expected.append(mean / mean.norm())
-    model = load_text_model(f"hf:{path}", "cpu")
+    model = load_text_model(f"hf:{path}", CPU)
     close(model.encode_texts(TEXTS), torch.stack(expected))
 
 
 def test_text_contract(directories: dict[str, Path]) -> None:
     spec = f"hf:{directories['bert']}"
-    model = load_text_model(spec, "cpu")
+    model = load_text_model(spec, CPU)
     vectors = model.encode_texts(TEXTS)
     assert vectors.shape == (len(TEXTS), 16) and vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
@@ -352,11 +353,11 @@ def test_text_engine_equals_the_torch_module(directories: dict[str, Path]) -> No
     with torch.no_grad():
         expected = backbone(*map(torch.from_numpy, tokens.values()))
     assert expected.shape[1] == backbone.text_dim
-    close(load_text_model(spec, "cpu").encode_texts(TEXTS), expected)
+    close(load_text_model(spec, CPU).encode_texts(TEXTS), expected)
 
 
 def test_threads_share_a_text_model(directories: dict[str, Path]) -> None:
-    model = load_text_model(f"hf:{directories['bert']}", "cpu")
+    model = load_text_model(f"hf:{directories['bert']}", CPU)
     expected = model.encode_texts(TEXTS)
     results: list[np.ndarray] = []
     threads = [threading.Thread(target=lambda: results.append(model.encode_texts(TEXTS))) for _ in range(4)]
@@ -428,7 +429,7 @@ def test_directories_that_are_not_whole(directories: dict[str, Path], tmp_path: 
         describe_model(spec)
     save_file({"layernorm.bias": torch.zeros(16)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"has no image processor that can be read \(preprocessor_config.json\)"):
-        load_image_model(spec, "cpu")
+        load_image_model(spec, CPU)
     IMAGE_MODELS["vit"][1].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the weights in .* lack embeddings.cls_token, .*; save the whole model there"):
         load_image_backbone(spec)
@@ -436,13 +437,13 @@ def test_directories_that_are_not_whole(directories: dict[str, Path], tmp_path: 
 
 def test_sides_that_are_not_there(directories: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a text encoder and has no image side; name an image model"):
-        load_image_model(f"hf:{directories['bert']}", "cpu")
+        load_image_model(f"hf:{directories['bert']}", CPU)
     with pytest.raises(ValueError, match="has no text side"):
-        load_text_model(f"hf:{directories['vit']}", "cpu")
+        load_text_model(f"hf:{directories['vit']}", CPU)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(directories["bert"] / name, tmp_path)
     with pytest.raises(ValueError, match="has no tokenizer.json; save its fast tokenizer there"):
-        load_text_model(f"hf:{tmp_path}", "cpu")
+        load_text_model(f"hf:{tmp_path}", CPU)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +468,7 @@ def test_image_processors_that_cannot_be_followed(
 
 def test_torchvision_equals_the_classifier(resnet18: tuple[nn.Module, Path]) -> None:
     net, path = copy.deepcopy(resnet18[0]), resnet18[1]
-    model = load_image_model(f"torchvision:resnet18:{path}", "cpu")
+    model = load_image_model(f"torchvision:resnet18:{path}", CPU)
     categories = get_model_weights("resnet18")["DEFAULT"].meta["categories"]
     assert list(model.label_names) == categories
     assert model.preprocessing == Preprocessing(224, "cover", 224 / 256)
@@ -510,7 +511,7 @@ def test_own_classes(tmp_path: Path) -> None:
     path = tmp_path / "five.safetensors"
     save_file(get_model("mobilenet_v3_small", weights=None, num_classes=5).state_dict(), path)
     spec = f"torchvision:mobilenet_v3_small:{path}"
-    model = load_image_model(spec, "cpu", frozenset())
+    model = load_image_model(spec, CPU, frozenset())
     assert list(model.label_names) == ["class 0", "class 1", "class 2", "class 3", "class 4"]
     labels = load_image_backbone(spec)(torch.zeros(2, 3, 224, 224, dtype=torch.uint8))["labels"]
     torch.testing.assert_close(labels.sum(1), torch.ones(2))
@@ -551,7 +552,7 @@ def test_unknown_torchvision_models(wrong: str, message: str) -> None:
 
 def test_weights_that_do_not_fit(resnet18: tuple[nn.Module, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="are not those of a vgg11; name the model that they belong to"):
-        load_image_model(f"torchvision:vgg11:{resnet18[1]}", "cpu")
+        load_image_model(f"torchvision:vgg11:{resnet18[1]}", CPU)
     with pytest.raises(ValueError, match="are not those of a resnet34"):
         load_image_backbone(f"torchvision:resnet34:{resnet18[1]}")
     (tmp_path / "broken.pth").write_bytes(b"no weights")
@@ -580,7 +581,7 @@ class Colours(nn.Module):
 
 def colours_model(revision: str, outputs: set[str], load: Callable[[], Any] = Colours) -> BackboneImageModel:
     info = ModelInfo("dir:colours", revision, frozenset({"features", "grid"}))
-    return BackboneImageModel(info, Colours.preprocessing, load, "cpu", frozenset(outputs))
+    return BackboneImageModel(info, Colours.preprocessing, load, resolved(CPU), frozenset(outputs))
 
 
 def test_only_what_is_asked_for_is_computed() -> None:

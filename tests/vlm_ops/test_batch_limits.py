@@ -22,6 +22,7 @@ from tests.toys import BrightnessOp, ToyImageModel
 from tests.vlm_ops.test_enrich import POISON
 from vlm_ops.batch_limits import BatchLimits, is_out_of_memory
 from vlm_ops.enrich import EnrichConfig, Enricher
+from vlm_ops.models.settings import CPU
 from vlm_ops.ops import plan_ops
 from vlm_ops.shards import ReadConfig
 
@@ -51,7 +52,7 @@ ERRORS = {
 
 
 def enricher_of(tmp_path: Path, recipe: Recipe = RECIPE, **changes: object) -> Enricher:
-    values = {"batch_size": 16, "num_threads": 1, "device": "cpu"} | changes
+    values = {"batch_size": 16, "num_threads": 1, "settings": CPU} | changes
     return Enricher(EnrichConfig(str(tmp_path / "catalog"), recipe, "run", ReadConfig(10**7), **values))  # type: ignore[arg-type]
 
 

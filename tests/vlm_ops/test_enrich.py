@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -13,6 +16,8 @@ from schemas.samples import ShardRef, image_id
 from tests import toys
 from tests.conftest import encode, jpeg, tar_bytes
 from vlm_ops.enrich import EnrichConfig, Enricher
+from vlm_ops.models import ImageEncoding
+from vlm_ops.models.settings import CPU
 from vlm_ops.ops import plan_ops
 from vlm_ops.shards import ReadConfig
 
@@ -21,7 +26,7 @@ RECIPE = Recipe(plan_ops(["quality", "features", "embedding"], "python:tests.toy
 
 
 def config_for(tmp_path: Path, **changes: object) -> EnrichConfig:
-    values = {"batch_size": 8, "num_threads": 3, "device": "cpu"} | changes
+    values = {"batch_size": 8, "num_threads": 3, "settings": CPU} | changes
     return EnrichConfig(str(tmp_path / "catalog"), RECIPE, "run1", ReadConfig(10**7), **values)  # type: ignore[arg-type]
 
 
@@ -47,6 +52,23 @@ def test_rows_keep_the_order_of_the_shard(tmp_path: Path) -> None:
     assert {row["recipe_id"] for row in rows} == {RECIPE.recipe_id} and {row["run_id"] for row in rows} == {"run1"}
     assert rows[0]["caption"] is None and len(rows[0]["features"]) == 3
     assert not (tmp_path / "catalog" / "failures").exists()
+
+
+@pytest.mark.parametrize("ops", [["features", "caption"], ["caption", "features"]], ids="-".join)
+def test_the_time_of_captions_is_that_of_their_op(
+    ops: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_images = toys.ToyImageModel.encode_images
+
+    def writing_slowly(model: toys.ToyImageModel, pixels: np.ndarray) -> ImageEncoding:
+        encoding = encode_images(model, pixels)
+        time.sleep(0.5)
+        return replace(encoding, caption_sec=0.5)
+
+    monkeypatch.setattr(toys.ToyImageModel, "encode_images", writing_slowly)
+    config = replace(config_for(tmp_path), recipe=Recipe(plan_ops(ops, "python:tests.toys"), 10**7, 10**7))
+    stage_sec = Enricher(config).enrich(shard_of(tmp_path, [("a.jpg", jpeg(0))])).stage_sec
+    assert stage_sec["caption"] >= 0.5 > max(stage_sec["model"], stage_sec["features"])
 
 
 def test_poison_fails_alone(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from vlm_ops import enrich
 from vlm_ops.contents import digest_of, write_known_contents
 from vlm_ops.delta_tables import LivePart
 from vlm_ops.enrich import EnrichConfig, Enricher
+from vlm_ops.models.settings import CPU
 from vlm_ops.ops import plan_ops
 from vlm_ops.parts import PartSummary
 from vlm_ops.shards import ReadConfig, read_shard
@@ -40,7 +41,7 @@ class Catalog:
 
     def __init__(self, folder: Path, recipe: Recipe = RECIPE, **changes: object) -> None:
         self.folder = folder
-        values = {"batch_size": 4, "num_threads": 2, "device": "cpu"} | changes
+        values = {"batch_size": 4, "num_threads": 2, "settings": CPU} | changes
         self.config = EnrichConfig(str(folder / "catalog"), recipe, "run1", ReadConfig(10**7), **values)  # type: ignore[arg-type]
         self.summaries: list[PartSummary] = []
         self.num_encoded = 0

@@ -17,6 +17,7 @@ from tests.conftest import encode, jpeg
 from tests.vlm_ops.test_ops import batch_of
 from vlm_ops.focus import best_crops, best_start, energy_map, focus_point, with_faces
 from vlm_ops.models import describe_model
+from vlm_ops.models.settings import CPU
 from vlm_ops.ops import load_ops, plan_ops
 from vlm_ops.preprocessing import Preprocessing
 
@@ -119,7 +120,7 @@ def test_compact_tells_which_part_of_its_grid_is_the_last_map(spec: str) -> None
 
 @needs_faces
 def test_the_focus_is_on_a_drawn_object() -> None:
-    (op,) = load_ops(plan_ops(["focus"], "compact"), "cpu")
+    (op,) = load_ops(plan_ops(["focus"], "compact"), CPU)
     datas = []
     for x in (90, 510):
         picture = Image.new("RGB", (600, 300), (200, 210, 220))
@@ -137,7 +138,7 @@ def test_the_focus_is_on_a_drawn_object() -> None:
 
 @needs_faces
 def test_faces_are_looked_for_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    ops = load_ops(plan_ops(["faces", "focus"], "python:tests.toys"), "cpu")
+    ops = load_ops(plan_ops(["faces", "focus"], "python:tests.toys"), CPU)
     batch = batch_of([jpeg(0), jpeg(1)], ops)
     calls = []
     find = ops[0]._detector.find

@@ -21,9 +21,9 @@ from vlm_ops.models import (
     load_text_model,
     load_tokenizer,
     onnx_engine,
-    resolve_device,
 )
 from vlm_ops.models.compact import conse, imagenet_labels
+from vlm_ops.models.settings import CPU, ModelSettings, resolve_device
 from vlm_ops.preprocessing import Preprocessing
 
 FAMILIES = ("compact:conse", "python:tests.toys")
@@ -36,7 +36,7 @@ def spec(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(spec: str) -> ImageModel:
-    return load_image_model(spec, "cpu")
+    return load_image_model(spec, CPU)
 
 
 def pixels_for(preprocessing: Preprocessing, n: int) -> np.ndarray:
@@ -189,28 +189,28 @@ def test_device_is_never_replaced_in_silence(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_families_are_told_a_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+    told: list[ModelSettings] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("load_image_model", "load_text_model"):
-        monkeypatch.setattr(f"tests.toys.{name}", lambda spec, device, *outputs: told.append(device))
+        monkeypatch.setattr(f"tests.toys.{name}", lambda spec, settings, *outputs: told.append(settings))
     for load in (load_image_model, load_text_model):
-        load("python:tests.toys", "auto")
+        load("python:tests.toys", ModelSettings())
         with pytest.raises(ValueError, match="no CUDA device"):
-            load("python:tests.toys", "cuda")
+            load("python:tests.toys", ModelSettings("cuda"))
     load_text_model("python:tests.toys")
-    assert told == ["cpu"] * 3
+    assert told == [CPU] * 3
 
 
 # --- compact --------------------------------------------------------------------------------------
 
 
 def test_only_what_is_asked_for_is_given() -> None:
-    model = load_image_model("compact:conse", "cpu", frozenset({"embedding"}))
+    model = load_image_model("compact:conse", CPU, frozenset({"embedding"}))
     pixels = pixels_for(model.preprocessing, 2)
     assert set(arrays(model.encode_images(pixels))) == {"embeddings"}
-    whole = load_image_model("compact:conse", "cpu").encode_images(pixels)
+    whole = load_image_model("compact:conse", CPU).encode_images(pixels)
     np.testing.assert_allclose(model.encode_images(pixels).embeddings, whole.embeddings, atol=1e-6)
-    nothing = load_image_model("compact:conse", "cpu", frozenset())
+    nothing = load_image_model("compact:conse", CPU, frozenset())
     assert nothing.preprocessing == model.preprocessing and arrays(nothing.encode_images(pixels)) == {}
 
 
@@ -218,7 +218,7 @@ def test_only_what_is_asked_for_is_given() -> None:
 def test_cuda_equals_the_cpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    cpu, cuda = load_image_model("compact:conse", "cpu"), load_image_model("compact:conse", "cuda")
+    cpu, cuda = load_image_model("compact:conse", CPU), load_image_model("compact:conse", ModelSettings(device="cuda"))
     pixels = pixels_for(cpu.preprocessing, 9)
     np.testing.assert_allclose(cuda.encode_images(pixels).embeddings, cpu.encode_images(pixels).embeddings, atol=1e-2)
 
@@ -284,7 +284,7 @@ def test_the_large_base_joins_two_networks() -> None:
 
 def test_labels_of_a_real_photo() -> None:
     data = pytest.importorskip("skimage.data", reason="needs the photographs of scikit-image")
-    model = load_image_model("compact:conse", "cpu")
+    model = load_image_model("compact:conse", CPU)
     pixels = preprocess(torch.from_numpy(data.chelsea()).permute(2, 0, 1), model.preprocessing).numpy()[None]
     best = model.encode_images(pixels).probabilities[0].argmax()
     assert imagenet_labels()[best] in ("tabby", "tiger cat", "Egyptian cat")

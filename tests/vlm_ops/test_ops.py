@@ -16,6 +16,7 @@ from tests.conftest import encode, jpeg, photo
 from tests.toys import ToyImageModel
 from vlm_ops import ops as ops_module
 from vlm_ops.enrich import decode_batch
+from vlm_ops.models.settings import ModelSettings
 from vlm_ops.ops import (
     ImageBatch,
     check_installed,
@@ -110,7 +111,7 @@ def test_a_model_is_asked_for_what_the_ops_need(
 ) -> None:
     asked: list[frozenset[str]] = []
 
-    def load(spec: str, device: str, outputs: frozenset[str]) -> ToyImageModel:
+    def load(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> ToyImageModel:
         asked.append(outputs)
         return ToyImageModel(toys.describe(spec))
 
@@ -206,7 +207,7 @@ def test_a_missing_package_says_what_to_install(name: str, package: str, monkeyp
 
 def test_focus_needs_a_model_with_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     described = replace(toys.describe(TOY), produces=frozenset({"features", "embedding"}))
-    monkeypatch.setattr(toys, "describe", lambda spec: described)
+    monkeypatch.setattr(toys, "describe", lambda spec, settings: described)
     monkeypatch.setattr(ops_module, "find_spec", lambda name: True)
     monkeypatch.setattr(op_class("focus"), "revision", classmethod(lambda cls: "1"))
     with pytest.raises(ValueError, match="cannot serve op 'focus'; it serves: embedding, features"):

@@ -9,7 +9,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_ops.plain_text import MAX_READ, is_mostly_latin, num_words, plain, sentences, shorten, word_is_cut
+from vlm_ops.plain_text import MAX_READ, folded, is_mostly_latin, num_words, plain, sentences, shorten, word_is_cut
 
 FAMILY, SCOTLAND = "👩‍👩‍👧‍👦", "🏴󠁧󠁢󠁥󠁮󠁧󠁿"
 SCRIPTS = (
@@ -97,6 +97,20 @@ def test_long_texts_are_read_to_a_word() -> None:
 def test_markup_that_never_closes_takes_no_time() -> None:
     for text in ("<script>" * 2500, "<!--" * 5000, "<a" * 10_000, "&lt;" * 5000, "&" * 20_000, "<a <" * 5000):
         assert plain(text).count("<script") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Prix RÉDUIT", "prix reduit"),
+        ("e\u0301 Straße", "e strasse"),
+        ("ＳＡＬＥ ﬁnal ½", "sale final 1⁄2"),
+        ("SALE 50% OFF", "sale 50% off"),
+        ("狗", "狗"),
+    ],
+)
+def test_folded(text: str, expected: str) -> None:
+    assert folded(text) == expected
 
 
 @pytest.mark.parametrize(

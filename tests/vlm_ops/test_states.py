@@ -17,6 +17,7 @@ from tests.conftest import jpeg, tar_bytes
 from vlm_ops import publishing, states
 from vlm_ops.delta_tables import CommitConflictError
 from vlm_ops.enrich import EnrichConfig, Enricher
+from vlm_ops.models.settings import CPU
 from vlm_ops.ops import plan_ops, schema_of
 from vlm_ops.parts import PartSummary, read_summary, writing_part
 from vlm_ops.publishing import PublishConfig, publish_run
@@ -53,7 +54,7 @@ class Corpus:
         return self.enrich(ShardRef(str(self.folder), "files", "", 0, refs))
 
     def enrich(self, shard: ShardRef) -> PartSummary:
-        config = EnrichConfig(self.catalog.root, self.recipe, "run", ReadConfig(10**7), device="cpu")
+        config = EnrichConfig(self.catalog.root, self.recipe, "run", ReadConfig(10**7), settings=CPU)
         return Enricher(config).enrich(shard)
 
     def commit(self, run_id: str, *parts: PartSummary, gone: Gone = Gone(), sequence: int | None = None) -> RunManifest:  # noqa: B008

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +20,11 @@ import pyarrow.parquet as pq
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart, read_columns
+from vlm_ops.image_evidence import metadata_of
 
 NEEDS_REVIEW = "needs review"
 OUTDATED = "changed or gone since it was tagged"
 _BATCH_SIZE = 1024
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,7 @@ class ExportRow:
     @cached_property
     def metadata(self) -> Mapping[str, Any]:
         """What came with the image; empty where nothing did."""
-        text = self.image.get("source_metadata") or "{}"
-        try:
-            value = json.loads(text)
-            if _SURROGATE.search(text):  # half a character, which nothing can be written with
-                value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
+        return metadata_of(self.image.get("source_metadata"))
 
     @property
     def rights(self) -> Mapping[str, str]:

@@ -90,6 +90,7 @@ class ImageEncoding:
         probabilities: float32[n, num_labels], rows sum to 1.
         embeddings: float32[n, embedding_dim], L2-normalised.
         captions: One of each image.
+        caption_sec: Seconds of the pass that the captions alone took.
     """
 
     features: np.ndarray | None = None
@@ -97,6 +98,7 @@ class ImageEncoding:
     probabilities: np.ndarray | None = None
     embeddings: np.ndarray | None = None
     captions: Sequence[Caption] | None = None
+    caption_sec: float | None = None
 
 
 class ImageModel(Protocol):

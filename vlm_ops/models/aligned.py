@@ -11,6 +11,7 @@ from vlm_ops.models import ImageEncoding, ImageModel, ModelInfo, TextModel, load
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel
 from vlm_ops.models.calibration import Calibration
 from vlm_ops.models.directory import OF_BACKBONES, ModelDirectory
+from vlm_ops.models.settings import ModelSettings
 
 _EXTRA_DIMS = 4  # in which the crowding stands
 
@@ -20,18 +21,20 @@ def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
     return ModelInfo(spec, directory.revision, produces, map_dim=directory.base.map_dim)
 
 
-def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
+def load_image_model(
+    directory: ModelDirectory, info: ModelInfo, settings: ModelSettings, outputs: frozenset[str]
+) -> ImageModel:
     # A calibrated cosine is all there is to a match.
     encoded = (outputs - {"match"}) | ({"embedding"} if "match" in outputs else set())
-    model = directory.backbone_image_model(info, lambda: image_backbone(directory), device, encoded)
+    model = directory.backbone_image_model(info, lambda: image_backbone(directory), settings, encoded)
     if "match" not in outputs:
         return model
-    return CosineMatcher(model, text_model(directory, info, device), Calibration(**directory.config["calibration"]))
+    return CosineMatcher(model, text_model(directory, info, settings), Calibration(**directory.config["calibration"]))
 
 
-def text_model(directory: ModelDirectory, info: ModelInfo, device: str) -> TextModel:
+def text_model(directory: ModelDirectory, info: ModelInfo, settings: ModelSettings) -> TextModel:
     tokenize = load_tokenizer(directory.text_base.spec)
-    return BackboneTextModel(info, tokenize, lambda: text_backbone(directory), device)
+    return BackboneTextModel(info, tokenize, lambda: text_backbone(directory), settings)
 
 
 class CosineMatcher:

@@ -19,6 +19,7 @@ import numpy as np
 
 from vlm_ops.models import ImageBackbone, ImageEncoding, ModelInfo, TextBackbone, Tokenizer
 from vlm_ops.models.onnx_engine import OnnxEngine, cached_file, export
+from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class BackboneImageModel:
         info: Graphs are cached by its family and revision.
         load: Gives the backbone; one that is at hand goes as `lambda: backbone`. Besides what `ImageBackbone` says,
             it may give `labels`, the probabilities of `label_names`.
-        device: `cpu` or `cuda`.
+        settings: How to run it, resolved.
         outputs: What to compute, of what `info` says is produced. Without any, nothing is loaded.
     """
 
@@ -49,7 +50,7 @@ class BackboneImageModel:
         info: ModelInfo,
         preprocessing: Preprocessing,
         load: Callable[[], ImageBackbone],
-        device: str,
+        settings: ModelSettings,
         outputs: frozenset[str],
         label_names: Sequence[str] = (),
     ) -> None:
@@ -58,7 +59,7 @@ class BackboneImageModel:
         self.label_names = label_names
         made = tuple(name for name in FIELDS if name in info.produces)
         self._names = tuple(name for name in made if name in outputs)
-        self._batch_size = _CPU_BATCH if device == "cpu" else None
+        self._batch_size = _CPU_BATCH if settings.is_cpu else None
         if not self._names:  # wanted for its preprocessing alone
             return
         noise = np.random.default_rng(0).integers(0, 256, (2, 3, preprocessing.size, preprocessing.size), np.uint8)
@@ -67,7 +68,7 @@ class BackboneImageModel:
             lambda: _chosen(load(), made),
             {"pixels": noise},
             {"pixels": {0: "n"}},
-            device,
+            settings,
             [made.index(name) for name in self._names],
         )
 
@@ -92,7 +93,7 @@ class BackboneTextModel:
     Args:
         info: Graphs are cached by its family and revision.
         load: Gives the backbone; one that is at hand goes as `lambda: backbone`.
-        device: `cpu` or `cuda`.
+        settings: How to run it, resolved.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class BackboneTextModel:
         info: ModelInfo,
         tokenize: Tokenizer,
         load: Callable[[], TextBackbone],
-        device: str,
+        settings: ModelSettings,
     ) -> None:
         self.info = info
         self._tokenize = tokenize
@@ -110,7 +111,7 @@ class BackboneTextModel:
             load,
             tokenize(["a dog runs", "two black dogs are running through the snow"]),
             {"ids": dims, "mask": dims},
-            device,
+            settings,
         )
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -146,28 +147,29 @@ def make_forward(
     load: Callable[[], Any],
     example: Arrays,
     dynamic_dims: Mapping[str, Mapping[int, str]],
-    device: str,
+    settings: ModelSettings,
     outputs: Sequence[int] = (0,),
 ) -> Forward:
-    """What runs a torch module on a device; safe to call from several threads.
+    """What runs a torch module by settings; safe to call from several threads.
 
     Args:
         name: Of the cached graph.
         load: Gives the module: tensors, in the order of `example` -> a tensor or a tuple of them.
         example: Inputs by name; each dynamic dimension larger than 1.
         dynamic_dims: As for `onnx_engine.export`.
-        device: On `cpu`, a module that cannot be exported runs through torch, and a line is logged.
+        settings: Resolved. Where ONNX Runtime is the engine, a module that cannot be exported runs through torch, and a line is
+            logged.
         outputs: Which of the module's tensors are wanted; the graph holds all of them, and computes these.
     """
-    if device != "cpu":
-        return _TorchForward(load(), device, outputs)
+    if settings.engine == "torch":
+        return _TorchForward(load(), settings.device, outputs)
     try:
         path = cached_file(
             f"{name}-torch{version('torch')}.onnx", lambda path: _export(load(), example, dynamic_dims, path)
         )
     except _NotExportableError as error:
         logger.warning("%s runs through torch, more slowly: it cannot be exported to ONNX: %s", name, error)
-        return _TorchForward(load(), device, outputs)
+        return _TorchForward(load(), settings.device, outputs)
     return OnnxEngine(path, outputs).run
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from vlm_ops.models.aligned import CosineMatcher
 from vlm_ops.models.backbones import FIELDS
 from vlm_ops.models.directory import ModelDirectory
 from vlm_ops.models.onnx_engine import cached_file
+from vlm_ops.models.settings import ModelSettings
 from vlm_ops.sentences import class_sentence
 
 if TYPE_CHECKING:
@@ -36,46 +38,53 @@ _MARGIN_OF_SURENESS = 0.2
 
 def describe(directory: ModelDirectory, spec: str) -> ModelInfo:
     base = directory.base
-    return ModelInfo(spec, directory.revision, directory.base_produces | {"caption"}, base.encodes_text, base.map_dim)
+    produces = directory.base_produces | {"caption"}
+    takes = frozenset({"num_beams"})
+    return ModelInfo(spec, directory.revision, produces, base.encodes_text, base.map_dim, takes)
 
 
-def load_image_model(directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
+def load_image_model(
+    directory: ModelDirectory, info: ModelInfo, settings: ModelSettings, outputs: frozenset[str]
+) -> ImageModel:
     if "caption" not in outputs:
-        return directory.base_image_model(info, device, outputs)
-    return CaptioningImageModel(directory, info, device, outputs)
+        return directory.base_image_model(info, settings, outputs)
+    return CaptioningImageModel(directory, info, settings, outputs)
 
 
 class CaptioningImageModel:
     """The base's encodings, with captions."""
 
-    def __init__(self, directory: ModelDirectory, info: ModelInfo, device: str, outputs: frozenset[str]) -> None:
+    def __init__(
+        self, directory: ModelDirectory, info: ModelInfo, settings: ModelSettings, outputs: frozenset[str]
+    ) -> None:
         import torch
 
         from vlm_ops.models.writers import load_writer
 
         self.info = info
-        self._writer = load_writer(directory, device)
+        self._writer = load_writer(directory, settings.device)
         self._reads = tuple(directory.config["reads"])  # of the encoding; nothing where it sees the pixels
         judged = {"match", "labels", "embedding", *(["features"] if directory.config["knows_people"] else [])}
         needed = {*self._reads, *(judged & directory.base_produces)}
         self._outputs = outputs
-        self._base = directory.base_image_model(info, device, (outputs - {"caption"}) | needed)
+        self._base = directory.base_image_model(info, settings, (outputs - {"caption"}) | needed)
         self.preprocessing = self._base.preprocessing
         self.label_names = self._base.label_names
-        self._num_beams = directory.config["num_beams"]
+        self._num_beams = settings.num_beams or directory.config["num_beams"]
         self._judge = _Judge(self._base, directory) if isinstance(self._base, CosineMatcher) else None
-        self._torch, self._device = torch, device
+        self._torch, self._device = torch, settings.device
         # One batch at a time on a GPU: other threads decode meanwhile. On a CPU each thread uses its own core.
-        self._lock = threading.Lock() if device != "cpu" else None
+        self._lock = threading.Lock() if not settings.is_cpu else None
 
     def encode_images(self, pixels: np.ndarray) -> ImageEncoding:
         encoding = self._base.encode_images(pixels)
+        started = time.perf_counter()
         inputs = {name: getattr(encoding, FIELDS[name]) for name in self._reads} or {"pixels": pixels}
         written = self._write(inputs)
         captions = self._judge(encoding, written) if self._judge else [_likeliest(each) for each in written]
         # The grid is large, and nobody asked for it.
         grid = encoding.grid if "grid" in self._outputs else None
-        return replace(encoding, grid=grid, captions=captions)
+        return replace(encoding, grid=grid, captions=captions, caption_sec=time.perf_counter() - started)
 
     def match(self, encoding: ImageEncoding, rows: Sequence[int], texts: Sequence[str]) -> np.ndarray:
         return self._base.match(encoding, rows, texts)  # type: ignore[attr-defined]

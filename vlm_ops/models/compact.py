@@ -27,6 +27,7 @@ import numpy as np
 from vlm_ops.models import ImageModel, ModelInfo, TextModel, Tokenizer, directory
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel, tokenizer_of
 from vlm_ops.models.onnx_engine import cached_file
+from vlm_ops.models.settings import CPU, ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
 EMBEDDING_DIM = 384
@@ -48,7 +49,7 @@ _TRAINED = {
 }
 
 
-def describe(spec: str) -> ModelInfo:
+def describe(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
     if spec in _TRAINED:
         return directory.describe_at(_weights(spec), spec)
     if spec not in _BASES:
@@ -58,20 +59,20 @@ def describe(spec: str) -> ModelInfo:
     return ModelInfo(spec, revision, frozenset({"features", "grid", "labels", "embedding"}), map_dim=_MAP_DIM)
 
 
-def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> ImageModel:
+def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel:
     if spec in _TRAINED:
-        return directory.load_image_model_at(_weights(spec), describe(spec), device, outputs)
+        return directory.load_image_model_at(_weights(spec), describe(spec), settings, outputs)
     preprocessing = Preprocessing(size=_BASES[spec][1], fit="stretch")
     return BackboneImageModel(
-        describe(spec), preprocessing, lambda: load_image_backbone(spec), device, outputs, imagenet_labels()
+        describe(spec), preprocessing, lambda: load_image_backbone(spec), settings, outputs, imagenet_labels()
     )
 
 
-def load_text_model(spec: str, device: str) -> TextModel:
+def load_text_model(spec: str, settings: ModelSettings) -> TextModel:
     # Queries are short and few: the CPU serves them sooner than a GPU could be woken.
     if spec in _TRAINED:
-        return directory.load_text_model_at(_weights(spec), describe(spec), "cpu")
-    return BackboneTextModel(describe(spec), load_tokenizer(spec), lambda: load_text_backbone(spec), "cpu")
+        return directory.load_text_model_at(_weights(spec), describe(spec), CPU)
+    return BackboneTextModel(describe(spec), load_tokenizer(spec), lambda: load_text_backbone(spec), CPU)
 
 
 def load_image_backbone(spec: str) -> Any:

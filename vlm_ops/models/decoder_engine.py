@@ -13,6 +13,7 @@ import torch
 from vlm_ops.models.backbones import make_forward
 from vlm_ops.models.caption_decoder import CaptionDecoder, Read
 from vlm_ops.models.captioner import Hypothesis
+from vlm_ops.models.settings import CPU
 
 
 class DecoderEngine:
@@ -39,7 +40,7 @@ class DecoderEngine:
             lambda: _Read(decoder),
             {key: values.numpy() for key, values in inputs.items()},
             {key: {0: "n"} for key in inputs},
-            "cpu",
+            CPU,
             range(len(self._read_names)),
         )
         shapes = {
@@ -59,7 +60,7 @@ class DecoderEngine:
             {key: values.numpy() for key, values in examples.items()},
             {"past": {0: "n", 1: "c", 4: "t"}, "words": {0: "n", 1: "c"}, "position": {}}
             | {key: {0: "n"} for key in self._read_names},
-            "cpu",
+            CPU,
             (0, 1),
         )
 

@@ -31,6 +31,7 @@ from vlm_ops.models import load_text_backbone as load_text_backbone_below
 from vlm_ops.models import load_text_model as load_text_model_below
 from vlm_ops.models import load_tokenizer as load_tokenizer_below
 from vlm_ops.models.backbones import FIELDS, BackboneImageModel
+from vlm_ops.models.settings import ModelSettings
 
 CONFIG, WEIGHTS, CARD, CURVES = "config.json", "model.safetensors", "README.md", "curves.svg"
 # What loads each kind: modules with `describe`, `load_image_model` and, where the kind changes what an image or a text
@@ -125,24 +126,24 @@ class ModelDirectory:
         produces = self.base.produces
         return produces & OF_BACKBONES if "image" in self.config["finetuned"] else produces
 
-    def base_image_model(self, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
+    def base_image_model(self, info: ModelInfo, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel:
         """The base's image model under the name of what stands on it; as it was fine-tuned, where it was."""
         if "image" in self.config["finetuned"]:
-            return self.backbone_image_model(info, self.base_image_backbone, device, outputs)
-        model = load_image_model_below(self.base.spec, device, outputs)
+            return self.backbone_image_model(info, self.base_image_backbone, settings, outputs)
+        model = load_image_model_below(self.base.spec, settings, outputs)
         model.info = info
         return model
 
     def backbone_image_model(
-        self, info: ModelInfo, load: Callable[[], Any], device: str, outputs: frozenset[str]
+        self, info: ModelInfo, load: Callable[[], Any], settings: ModelSettings, outputs: frozenset[str]
     ) -> BackboneImageModel:
         """An image model over a backbone of one's own, with the preprocessing and the class names of the base."""
-        base = load_image_model_below(self.base.spec, device, frozenset())
-        return BackboneImageModel(info, base.preprocessing, load, device, outputs, base.label_names)
+        base = load_image_model_below(self.base.spec, settings, frozenset())
+        return BackboneImageModel(info, base.preprocessing, load, settings, outputs, base.label_names)
 
-    def base_text_model(self, info: ModelInfo, device: str) -> TextModel:
+    def base_text_model(self, info: ModelInfo, settings: ModelSettings) -> TextModel:
         """The base's text model under the name of what stands on it."""
-        model = load_text_model_below(self.base.spec, device)
+        model = load_text_model_below(self.base.spec, settings)
         model.info = info
         return model
 
@@ -165,18 +166,18 @@ class ModelDirectory:
             )
 
 
-def describe(spec: str) -> ModelInfo:
+def describe(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
     # By its full path, so that a catalog finds its encoder from any working directory.
     path = path_of(spec)
     return describe_at(path, f"dir:{path}")
 
 
-def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> ImageModel:
-    return load_image_model_at(path_of(spec), describe(spec), device, outputs)
+def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel:
+    return load_image_model_at(path_of(spec), describe(spec), settings, outputs)
 
 
-def load_text_model(spec: str, device: str) -> TextModel:
-    return load_text_model_at(path_of(spec), describe(spec), device)
+def load_text_model(spec: str, settings: ModelSettings) -> TextModel:
+    return load_text_model_at(path_of(spec), describe(spec), settings)
 
 
 def load_image_backbone(spec: str) -> ImageBackbone:
@@ -197,16 +198,16 @@ def describe_at(path: Path, spec: str) -> ModelInfo:
     return _kind(directory).describe(directory, spec)
 
 
-def load_image_model_at(path: Path, info: ModelInfo, device: str, outputs: frozenset[str]) -> ImageModel:
+def load_image_model_at(path: Path, info: ModelInfo, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel:
     directory = ModelDirectory(path)
-    return _kind(directory).load_image_model(directory, info, device, outputs)
+    return _kind(directory).load_image_model(directory, info, settings, outputs)
 
 
-def load_text_model_at(path: Path, info: ModelInfo, device: str) -> TextModel:
+def load_text_model_at(path: Path, info: ModelInfo, settings: ModelSettings) -> TextModel:
     """That of the kind, where it changes what a text becomes; else that of the base."""
     directory = ModelDirectory(path)
     own = getattr(_kind(directory), "text_model", None)
-    return own(directory, info, device) if own else directory.base_text_model(info, device)
+    return own(directory, info, settings) if own else directory.base_text_model(info, settings)
 
 
 def load_image_backbone_at(path: Path) -> ImageBackbone:

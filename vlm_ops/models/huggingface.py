@@ -21,6 +21,7 @@ import numpy as np
 
 from vlm_ops.models import ImageBackbone, ModelInfo, TextBackbone, Tokenizer
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel, sha256_of, tokenizer_of
+from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
 # The `model_type`s that are known to work; each gives `last_hidden_state` as this module reads it.
@@ -46,7 +47,7 @@ _SETTINGS = (
 _STRETCHED_FROM = 384
 
 
-def describe(spec: str) -> ModelInfo:
+def describe(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
     """Reads `config.json`, and hashes the weights once a process.
 
     Raises:
@@ -64,14 +65,14 @@ def describe(spec: str) -> ModelInfo:
     )
 
 
-def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> BackboneImageModel:
+def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> BackboneImageModel:
     info = _describe_image_model(spec)
     preprocessing = read_preprocessing(_image_processor(_locate(spec)[0]))
-    return BackboneImageModel(info, preprocessing, lambda: load_image_backbone(spec), device, outputs)
+    return BackboneImageModel(info, preprocessing, lambda: load_image_backbone(spec), settings, outputs)
 
 
-def load_text_model(spec: str, device: str) -> BackboneTextModel:
-    return BackboneTextModel(describe(spec), load_tokenizer(spec), lambda: load_text_backbone(spec), device)
+def load_text_model(spec: str, settings: ModelSettings) -> BackboneTextModel:
+    return BackboneTextModel(describe(spec), load_tokenizer(spec), lambda: load_text_backbone(spec), settings)
 
 
 def load_image_backbone(spec: str) -> ImageBackbone:

@@ -24,6 +24,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from vlm_ops.models import ModelInfo
 from vlm_ops.models.backbones import BackboneImageModel, sha256_of
+from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
 _IMAGENET_CLASSES = 1000
@@ -31,7 +32,7 @@ _IMAGENET_CLASSES = 1000
 _MODELS = tuple(name for name in list_models(module=torchvision.models) if not name.startswith("squeezenet"))
 
 
-def describe(spec: str) -> ModelInfo:
+def describe(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
     """Reads a local file of weights once a process, to hash it; fetches nothing.
 
     Raises:
@@ -46,11 +47,11 @@ def describe(spec: str) -> ModelInfo:
     return ModelInfo(f"torchvision:{name}:{path}", sha256_of(path)[:12], produces, encodes_text=False)
 
 
-def load_image_model(spec: str, device: str, outputs: frozenset[str]) -> BackboneImageModel:
+def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> BackboneImageModel:
     name, weights, path = _parse(spec)
     num_classes = _IMAGENET_CLASSES if path is None else _num_classes(name, path)
     return BackboneImageModel(
-        describe(spec), _preprocessing(weights), lambda: load_image_backbone(spec), device, outputs,
+        describe(spec), _preprocessing(weights), lambda: load_image_backbone(spec), settings, outputs,
         _class_names(weights, num_classes),
     )  # fmt: skip
 

@@ -180,7 +180,7 @@ def _kept(module: nn.Module, averaged: AveragedModel, config: LoopConfig) -> Any
 def _autocast(config: LoopConfig) -> contextlib.AbstractContextManager[Any]:
     if config.dtype == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(config.device, getattr(torch, config.dtype))
+    return torch.autocast(torch.device(config.device).type, getattr(torch, config.dtype))
 
 
 def _batches(num_images: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

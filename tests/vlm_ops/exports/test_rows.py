@@ -8,7 +8,7 @@ import pytest
 
 from tests.tagged_catalogs import image_row, tag_row, write_catalog
 from vlm_ops.delta_tables import live_parts, open_table
-from vlm_ops.exports.rows import OUTDATED, ExportRow, LeftOut, NothingToExportError, RowSource, leaving_out
+from vlm_ops.exports.rows import OUTDATED, LeftOut, NothingToExportError, RowSource, leaving_out
 from vlm_ops.states import existing_state
 
 URIS = tuple(f"/data/{number}.jpg" for number in range(8))
@@ -69,20 +69,6 @@ def test_columns_that_an_older_part_lacks_are_not_there(tmp_path: Path) -> None:
         pq.write_table(table.drop_columns([column]), tmp_path / folder / name)
     (row,) = rows.rows(None, ("width", "height"), LeftOut())
     assert row.rights == {} and row.image.get("width") is None and row.image["height"] == 600
-
-
-@pytest.mark.parametrize("metadata", [None, "", "no JSON", "[1]", '"text"', "null"])
-def test_metadata_that_is_no_object_says_nothing(metadata: str | None) -> None:
-    assert ExportRow(tag_row("/a.jpg"), image_row("/a.jpg", metadata)).metadata == {}
-
-
-def test_metadata_that_would_break_what_is_written() -> None:
-    half, whole = r'{"sku": "a\ud800b", "page": "\ud83d\ude00"}', {"sku": "a?b", "page": "😀"}
-    assert ExportRow(tag_row("/a.jpg"), image_row("/a.jpg", half)).metadata == whole
-    deep = "[" * 100_000
-    assert ExportRow(tag_row("/a.jpg"), image_row("/a.jpg", f'{{"sku": {deep}')).metadata == {}
-    digits = "9" * 5_000
-    assert ExportRow(tag_row("/a.jpg"), image_row("/a.jpg", f'{{"sku": {digits}}}')).metadata == {}
 
 
 def test_what_is_left_out_is_written_with_its_reasons(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.toys import PREPROCESSING, ToyImageModel, describe
 from vlm_ops.models import ImageEncoding
+from vlm_ops.models.settings import CPU
 from vlm_ops.ops import ImageBatch, load_ops, op_class, plan_ops
 from vlm_ops.training.inputs import GRID_OP, MIRRORED_OP, PIXELS_OP, GridOp, MirroredOp, PixelsOp, grid_bytes
 
@@ -69,7 +70,7 @@ def test_pixels_need_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """The model that is to be fine-tuned is neither loaded nor exported to prepare its input."""
     monkeypatch.setenv("BEAMSIGHT_CACHE", str(tmp_path))
     monkeypatch.setattr("vlm_ops.models.compact.load_image_backbone", lambda spec: pytest.fail("it was loaded"))
-    (op,) = load_ops(plan_ops([PIXELS_OP], "compact:conse"), "cpu")
+    (op,) = load_ops(plan_ops([PIXELS_OP], "compact:conse"), CPU)
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 224, 224), np.uint8)
     (column,) = op(ImageBatch([None], [None], {op.preprocessing: pixels}, {})).values()  # type: ignore[list-item]
     assert column.to_pylist() == [pixels.tobytes()]
