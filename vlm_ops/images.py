@@ -76,9 +76,11 @@ def preprocess(pixels: torch.Tensor, preprocessing: Preprocessing, original: Ima
     if max(height, width) > longest:  # a line of a million pixels would be resized to gigabytes
         pixels = F.center_crop(pixels, [min(height, longest), min(width, longest)])
         height, width = pixels.shape[1:]
-    scale = preprocessing.shorter_side / min(height, width)
-    resized = resize(pixels, max(size, round(height * scale)), max(size, round(width * scale)), interpolation)
-    return F.center_crop(resized, [size, size])
+    # Rounded down, and the odd line of a crop left at its end, as image processors of transformers have it.
+    shorter, least = preprocessing.shorter_side, min(height, width)
+    resized = resize(pixels, shorter * height // least, shorter * width // least, interpolation)
+    top, left = (resized.shape[1] - size) // 2, (resized.shape[2] - size) // 2
+    return resized[:, top : top + size, left : left + size]
 
 
 def resize(pixels: torch.Tensor, height: int, width: int, interpolation: str = "bicubic") -> torch.Tensor:

@@ -12,6 +12,7 @@ import itertools
 import logging
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,8 +38,6 @@ _NO_SAMPLING = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 5
 # The longer side of an image whose shape is kept. Tiles and native resolutions are for reading documents; for one
 # sentence, 1024 pixels (1,300 tokens of a Qwen-VL) tell as much, at a quarter of the cost of 2048.
 _LONGER_SIDE = 1024
-# A longest edge beyond this is an area in pixels (Qwen-VL's).
-_LONGEST_EDGE = 16384
 # Pillow's numbers of the filters that `Preprocessing` knows.
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 # By how many levels of 256 two ways of resizing may differ on average.
@@ -85,9 +84,7 @@ class HuggingFaceCaptioner:
             self._asked = _Asked(processor, kind, way, prompt, str(directory))
             self._squares = _squares_of(self._asked)
         self.preprocessing = (
-            Preprocessing(_longer_side(processor.image_processor), "contain")
-            if self._squares is None
-            else self._squares.preprocessing
+            Preprocessing(_LONGER_SIDE, "contain") if self._squares is None else self._squares.preprocessing
         )
         self._own = threading.local()
         # One batch at a time on a GPU: other threads decode meanwhile. On a CPU each thread uses its own core.
@@ -104,9 +101,11 @@ class HuggingFaceCaptioner:
         """Captions of uint8[n, 3, size, size], or of a list of n uint8[3, h, w]; n may be 0."""
         if not hasattr(self, "_model"):
             return ImageEncoding()
+        started = time.perf_counter()
         at_once = _CPU_BATCH if self._lock is None else max(1, len(pixels))
         parts = (pixels[start : start + at_once] for start in range(0, len(pixels), at_once))
-        return ImageEncoding(captions=[caption for part in parts for caption in self._captions(part)])
+        captions = [caption for part in parts for caption in self._captions(part)]
+        return ImageEncoding(captions=captions, caption_sec=time.perf_counter() - started)
 
     @torch.inference_mode()
     def _captions(self, pixels: Any) -> list[Caption]:
@@ -270,14 +269,6 @@ def _preprocessing_of(image_processor: Any) -> Preprocessing | None:
     if interpolation is None or preprocessing.size > _LONGER_SIDE:
         return None
     return replace(preprocessing, interpolation=interpolation)
-
-
-def _longer_side(image_processor: Any) -> int:
-    """Of the images that a processor is given, for it to shrink them little or not at all."""
-    longest = dict(getattr(image_processor, "size", None) or {}).get("longest_edge") or _LONGER_SIDE
-    if longest > _LONGEST_EDGE:
-        longest = 2 * round(longest**0.5)  # of an image four times as wide as high
-    return min(_LONGER_SIDE, longest)
 
 
 class _TwoProcessors:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_ops.models import ImageModel, ModelInfo, huggingface
+from vlm_ops.models import ImageModel, ModelInfo
 from vlm_ops.models.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,8 @@ def describe(spec: str, settings: ModelSettings) -> ModelInfo:
     Raises:
         ValueError: There is no such model here, something of it is missing, or it cannot be asked as the settings say.
     """
+    from vlm_ops.models import huggingface
+
     directory, full_spec = huggingface._locate(spec)
     config = huggingface._read_json(directory / "config.json")
     _check_files(spec, directory, config, settings)
@@ -92,6 +94,7 @@ def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]
     Raises:
         ValueError: See `describe`; or the model cannot be loaded.
     """
+    from vlm_ops.models import huggingface
     from vlm_ops.models.hf_caption_writing import HuggingFaceCaptioner
 
     info = describe(spec, settings)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_ops.models import ImageBackbone, ModelInfo, TextBackbone, Tokenizer
+from vlm_ops.models import ImageBackbone, ImageModel, ModelInfo, TextBackbone, Tokenizer, hf_captioners
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel, sha256_of, tokenizer_of
 from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
@@ -40,8 +40,8 @@ _TEXT_ENCODERS = (
 _SHIFTED_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")
 # Besides the weights, what decides about the numbers.
 _SETTINGS = (
-    "config.json", "preprocessor_config.json", "processor_config.json", "sentence_bert_config.json", "tokenizer.json",
-    "tokenizer_config.json",
+    "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
 # ConvNeXt's image processor stretches from this size on, and crops below.
 _STRETCHED_FROM = 384
@@ -54,7 +54,10 @@ def describe(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
         ValueError: There is no such model here, or it is of an unknown type.
     """
     directory, full_spec = _locate(spec)
-    kind = _read_json(directory / "config.json").get("model_type")
+    config = _read_json(directory / "config.json")
+    kind = config.get("model_type")
+    if hf_captioners.is_captioner(config):
+        return hf_captioners.describe(spec, settings or ModelSettings())
     if kind in _CNNS + _VITS:
         return ModelInfo(full_spec, _revision(directory), frozenset({"features", "grid"}), encodes_text=False)
     if kind in _TEXT_ENCODERS:
@@ -65,7 +68,9 @@ def describe(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
     )
 
 
-def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> BackboneImageModel:
+def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel:
+    if hf_captioners.is_captioner(_read_json(_locate(spec)[0] / "config.json")):
+        return hf_captioners.load_image_model(spec, settings, outputs)
     info = _describe_image_model(spec)
     preprocessing = read_preprocessing(_image_processor(_locate(spec)[0]))
     return BackboneImageModel(info, preprocessing, lambda: load_image_backbone(spec), settings, outputs)
@@ -232,6 +237,8 @@ def _num_special_tokens(config: Any, size: int, num_tokens: int) -> int:
 
 def _describe_image_model(spec: str) -> ModelInfo:
     info = describe(spec)
+    if "caption" in info.produces:
+        raise ValueError(f"model {spec!r} is a captioner, whose image side stands not alone; name an image model")
     if not info.produces:
         raise ValueError(f"model {spec!r} is a text encoder and has no image side; name an image model for images")
     return info
