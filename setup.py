@@ -53,6 +53,7 @@ setup(
         "faiss-gpu>=1.9",
         "fsspec>=2024.6",
         "gcsfs>=2024.6",
+        "num2words>=0.5.14",
         "numpy>=1.26",
         "onnx>=1.17",
         "onnxruntime>=1.20",

@@ -8,12 +8,14 @@ from typing import Any
 
 import tokenizers
 import torch
-import transformers as t
+import transformers
 
-WORDS = [
-    *"a the black white dog cat runs sits through snow on grass two people ride red blue ball tree house".split(),
-    *"describe this image in one plain sentence an of caption en short description what does photo".split(),
-]
+t: Any = transformers  # whose types know less than its classes take
+
+WORDS = (
+    "a the black white dog cat runs sits through snow on grass two people ride red blue ball tree house "
+    "describe this image in one plain sentence an of caption en short description what does photo"
+)
 SIDE = 32
 _VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 _TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -28,7 +30,7 @@ CHAT = (
 def tokenizer(*special: str, **named: str) -> Any:
     """Of WORDS, by white space; named special tokens (`image_token="<image>"`) become attributes."""
     signs = ["<pad>", "<unk>", "<s>", "</s>", *special, *named.values()]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*signs, *WORDS]))}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*signs, *WORDS.split()]))}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = tokenizers.normalizers.Lowercase()
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -59,7 +61,9 @@ def _ids(words: Any) -> dict[str, Any]:
 def blip() -> tuple[Any, Any]:
     words = framed(tokenizer())
     text = {**_TEXT, **_ids(words), "sep_token_id": 3, "encoder_hidden_size": 16, "max_position_embeddings": 64}
-    config = t.BlipConfig(text_config=text, vision_config={**_VISION, "image_size": SIDE, "patch_size": 8}, projection_dim=16)
+    config = t.BlipConfig(
+        text_config=text, vision_config={**_VISION, "image_size": SIDE, "patch_size": 8}, projection_dim=16
+    )
     processor = t.BlipProcessor(t.BlipImageProcessor(size={"height": SIDE, "width": SIDE}), words)
     return t.BlipForConditionalGeneration(config), processor
 
@@ -67,7 +71,10 @@ def blip() -> tuple[Any, Any]:
 def git() -> tuple[Any, Any]:
     words = framed(tokenizer())
     config = t.GitConfig(
-        vision_config={**_VISION, "image_size": SIDE, "patch_size": 8}, **_TEXT, **_ids(words), max_position_embeddings=64
+        vision_config={**_VISION, "image_size": SIDE, "patch_size": 8},
+        **_TEXT,
+        **_ids(words),
+        max_position_embeddings=64,
     )
     images = t.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     return t.GitForCausalLM(config), t.GitProcessor(images, words)
@@ -77,12 +84,11 @@ def vit_gpt2() -> tuple[Any, Any]:
     words = tokenizer()
     words.pad_token = words.eos_token  # as GPT-2's
     encoder = t.ViTModel(t.ViTConfig(**_VISION, image_size=SIDE, patch_size=8), add_pooling_layer=False)
-    decoder = t.GPT2LMHeadModel(
-        t.GPT2Config(
-            vocab_size=len(words), n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3,
-            add_cross_attention=True, is_decoder=True,
-        )  # fmt: skip
-    )
+    config = t.GPT2Config(
+        vocab_size=len(words), n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3,
+        add_cross_attention=True, is_decoder=True,
+    )  # fmt: skip
+    decoder = t.GPT2LMHeadModel(config)
     model = t.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
     model.generation_config = t.GenerationConfig(
         decoder_start_token_id=2, bos_token_id=2, eos_token_id=3, pad_token_id=3, max_length=16, num_beams=3
@@ -113,7 +119,7 @@ def florence2() -> tuple[Any, Any]:
         bos_token_id=2, eos_token_id=3, pad_token_id=0, decoder_start_token_id=3, num_beams=3, no_repeat_ngram_size=3,
         early_stopping=True,
     )  # fmt: skip
-    return model, t.Florence2Processor(images, words)
+    return model, t.Florence2Processor(images, words, post_processor_config={"pure_text": {}})
 
 
 def blip2() -> tuple[Any, Any]:
@@ -172,6 +178,8 @@ def kosmos2() -> tuple[Any, Any]:
 
 def llava() -> tuple[Any, Any]:
     words = tokenizer("user", "assistant", ":", image_token="<image>")
+    # As Llama's tokenizer, whose start sign the chat template puts too.
+    words.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 2)])
     config = t.LlavaConfig(
         vision_config={"model_type": "clip_vision_model", **_VISION, "image_size": SIDE, "patch_size": 8},
         text_config={"model_type": "llama", **_LLAMA, **_ids(words)},
@@ -180,7 +188,7 @@ def llava() -> tuple[Any, Any]:
     images = t.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     processor = t.LlavaProcessor(
         images, words, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=CHAT.replace("IMAGE", "<image>"),
+        chat_template="<s>" + CHAT.replace("IMAGE", "<image>"),
     )  # fmt: skip
     return t.LlavaForConditionalGeneration(config), processor
 
@@ -216,7 +224,9 @@ def smolvlm() -> tuple[Any, Any]:
     )  # fmt: skip
     images = t.SmolVLMImageProcessor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
     video = t.SmolVLMVideoProcessor(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
-    processor = t.SmolVLMProcessor(images, words, video, image_seq_len=4, chat_template=CHAT.replace("IMAGE", "<image>"))
+    processor = t.SmolVLMProcessor(
+        images, words, video, image_seq_len=4, chat_template=CHAT.replace("IMAGE", "<image>")
+    )
     return t.SmolVLMForConditionalGeneration(config), processor
 
 
@@ -243,7 +253,13 @@ def qwen3_vl() -> tuple[Any, Any]:
 
 def _qwen(config: Any, model: Any, processor: Any, vision: dict[str, Any], **text: Any) -> tuple[Any, Any]:
     words = tokenizer(
-        "user", "assistant", ":", "<|vision_start|>", "<|vision_end|>", image_token="<|image_pad|>", video_token="<|video_pad|>"
+        "user",
+        "assistant",
+        ":",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
     )
     made = config(
         vision_config=vision,
@@ -270,14 +286,26 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
 }  # fmt: skip
 
 
-def save(name: str, path: Path, seed: int = 0) -> None:
+# Their places in images, more than there are words, would be all that they speak of.
+_SPEAKS_IN_TOKENS = ("paligemma", "kosmos2")
+
+
+# With others they write the same of every image.
+_SEEDS = {"blip2": 2, "paligemma": 7}
+
+
+def save(name: str, path: Path) -> None:
     """Saves a family's tiny model, with weights so large that what it writes depends on the image."""
-    torch.manual_seed(seed)
+    torch.manual_seed(_SEEDS.get(name, 0))
     model, processor = FAMILIES[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 1 / 3)
+        if name in _SPEAKS_IN_TOKENS:
+            words = processor.tokenizer
+            head = getattr(model, "text_model", model).get_output_embeddings()
+            head.weight[[id_ for id_ in words.added_tokens_decoder if id_ != words.eos_token_id]] *= 0.01
     model.eval().save_pretrained(path)
     for each in processor if isinstance(processor, tuple) else (processor,):
         each.save_pretrained(path)

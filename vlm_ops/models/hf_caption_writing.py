@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from vlm_ops.images import preprocess
 from vlm_ops.models import Caption, ImageEncoding, ModelInfo, huggingface
+from vlm_ops.models.hf_captioners import no_chat_template
 from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
@@ -81,7 +82,7 @@ class HuggingFaceCaptioner:
         self._dtype = getattr(torch, settings.dtype)
         with _quiet():
             processor = _load_processor(directory, kind, settings.trust_remote_code)
-            self._asked = _Asked(processor, kind, way, prompt, str(directory))
+            self._asked = _Asked(processor, kind, way, prompt, directory)
             self._squares = _squares_of(self._asked)
         self.preprocessing = (
             Preprocessing(_LONGER_SIDE, "contain") if self._squares is None else self._squares.preprocessing
@@ -143,16 +144,21 @@ class HuggingFaceCaptioner:
 class _Asked:
     """A processor and what it tells its model beside the images."""
 
-    def __init__(self, processor: Any, kind: str, way: str, prompt: str | None, name: str) -> None:
+    def __init__(self, processor: Any, kind: str, way: str, prompt: str | None, directory: Path) -> None:
         self.processor = processor
         self._kind, self._way = kind, way
-        self._text = _text(processor, kind, way, prompt, name)
+        self._text = _text(processor, kind, way, prompt, directory)
+        # Many chat templates put the start sign themselves, and tokenizers would put a second one.
+        start = processor.tokenizer.bos_token
+        self._has_start = way == "chat" and bool(start) and str(self._text).startswith(start)
 
     def inputs(self, images: Sequence[torch.Tensor]) -> dict[str, Any]:
         """What `generate` takes of n images uint8[3, h, w]."""
         options: dict[str, Any] = {"input_data_format": "channels_first", "return_tensors": "pt"}
         if self._text is not None:
             options |= {"text": [self._text] * len(images), "padding": True}
+            if self._has_start:
+                options["add_special_tokens"] = False
         # Chat models may be shown several images in one question, so theirs are lists.
         shown = [[image] for image in images] if self._way == "chat" else list(images)
         inputs = dict(self.processor(images=shown, **options))
@@ -172,7 +178,7 @@ class _Asked:
         return [" ".join(text.split()) for text in texts]
 
 
-def _text(processor: Any, kind: str, way: str, prompt: str | None, name: str) -> str | None:
+def _text(processor: Any, kind: str, way: str, prompt: str | None, directory: Path) -> str | None:
     """What a processor takes as text for each image.
 
     Raises:
@@ -194,11 +200,7 @@ def _text(processor: Any, kind: str, way: str, prompt: str | None, name: str) ->
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, enable_thinking=False
         )
     except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"the model in {name!r} has no chat template (chat_template.jinja), so how to ask it is unknown; add the one "
-            f"of its repository, or give the whole prompt with the image's place, such as --caption_prompt "
-            f"'USER: {image_token or '<image>'}\\nDescribe this image. ASSISTANT:'"
-        ) from error
+        raise no_chat_template(directory, image_token or "<image>") from error
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def _squares_of(asked: _Asked) -> _Squares | None:
     images = [torch.zeros(3, size, size, dtype=torch.uint8), torch.full((3, size, size), 255, dtype=torch.uint8)]
     images += [shaded[:, : 2 * size], shaded[:, :, : 2 * size]]
     made = [asked.inputs([image]) for image in images]
-    if any(each["pixel_values"].shape != (1, 3, size, size) for each in made):
+    if any(np.shape(each.get("pixel_values")) != (1, 3, size, size) for each in made):
         return None
     black, white, *shades = (each.pop("pixel_values")[0].float() for each in made)
     shift = black[:, :1, :1]
@@ -247,10 +249,11 @@ def _squares_of(asked: _Asked) -> _Squares | None:
         ours = preprocess(image, preprocessing).float()
         if (ours - (values - shift) / scale).abs().mean() > _SAME_PIXELS:
             return None
-    for name, value in made[0].items():
-        if any(not torch.is_tensor(each[name]) or not torch.equal(each[name], value) for each in made):
+    others = made[0]
+    for each in made[1:]:  # what is told of an image's size, or of its tiles, is not the same of all
+        if any(not torch.is_tensor(value) or not torch.equal(value, each[name]) for name, value in others.items()):
             return None
-    return _Squares(preprocessing, scale, shift, made[0])
+    return _Squares(preprocessing, scale, shift, others)
 
 
 def _shades(size: int) -> torch.Tensor:
@@ -312,11 +315,12 @@ def _bad_processor(directory: Path, reason: str) -> ValueError:
 
 def _load_model(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     try:
-        model, loading = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory, dtype=dtype, weights_only=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"captioner {str(directory)!r} cannot be loaded: {_first_line(error)}") from error
+    model, loading = loaded
     missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _MAY_LACK))
     if missing:
         raise ValueError(f"the weights in {str(directory)!r} lack {', '.join(missing[:3])}; save the whole model there")

@@ -14,6 +14,7 @@ This module knows the files; `hf_caption_writing` has the models write.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,13 @@ logger = logging.getLogger(__name__)
 _MAX_NEW_TOKENS = 40
 _MAX_NEW_TOKENS_OF_CHAT = 64
 # Ends of the names of the classes that write; `BlipForImageTextRetrieval` or `GitModel` do not.
-_WRITERS = ("ForCausalLM", "ForConditionalGeneration", "ForImageTextToText", "ForVision2Seq", "VisionEncoderDecoderModel")
+_WRITERS = (
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "ForImageTextToText",
+    "ForVision2Seq",
+    "VisionEncoderDecoderModel",
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def _prompting(config: Mapping[str, Any]) -> Prompting:
 
 def _check_files(spec: str, directory: Path, config: Mapping[str, Any], settings: ModelSettings) -> None:
     """Raises:
-    ValueError: The model has no image processor, or code of its own that may not run.
+    ValueError: The model has no image processor, no form for a question, or code of its own that may not run.
     """
     kind = config["model_type"]
     if "auto_map" in config and kind == "florence2":
@@ -138,6 +145,24 @@ def _check_files(spec: str, directory: Path, config: Mapping[str, Any], settings
             f"the model in {str(directory)!r} has no processor (preprocessor_config.json or processor_config.json); "
             "save the one it was trained with there (AutoProcessor.from_pretrained(...).save_pretrained(...))"
         )
+
+    if _prompting(config).way == "chat" and settings.caption_prompt is None and not _has_chat_template(directory):
+        raise no_chat_template(directory)
+
+
+def _has_chat_template(directory: Path) -> bool:
+    if (directory / "chat_template.jinja").is_file():
+        return True
+    files = (directory / name for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"))
+    return any(path.is_file() and "chat_template" in json.loads(path.read_text("utf-8")) for path in files)
+
+
+def no_chat_template(directory: Path, image_token: str = "<image>") -> ValueError:
+    return ValueError(
+        f"the model in {str(directory)!r} has no chat template (chat_template.jinja), so how to ask it is unknown; add the "
+        "one of its repository, or give the whole prompt with the image's place, such as --caption_prompt "
+        f"'USER: {image_token} Describe this image. ASSISTANT:'"
+    )
 
 
 def _check_settings(spec: str, config: Mapping[str, Any], settings: ModelSettings) -> None:
