@@ -54,6 +54,7 @@ setup(
         "fsspec>=2024.6",
         "gcsfs>=2024.6",
         "num2words>=0.5.14",
+        "huggingface_hub>=1.28",
         "numpy>=1.26",
         "onnx>=1.17",
         "onnxruntime>=1.20",

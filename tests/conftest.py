@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks the network
+
 DATA = Path(os.environ.get("BEAMSIGHT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

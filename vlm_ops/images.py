@@ -66,21 +66,31 @@ def preprocess(pixels: torch.Tensor, preprocessing: Preprocessing, original: Ima
     Args:
         original: Whose width and height count for `contain`, where the pixels were decoded at a reduced scale.
     """
-    size, interpolation = preprocessing.size, preprocessing.interpolation
-    if preprocessing.fit != "cover":
+    interpolation = preprocessing.interpolation
+    if preprocessing.fit == "contain":
         width, height = (original.width, original.height) if original else (pixels.shape[2], pixels.shape[1])
         width, height = preprocessing.extent(width, height)
         return resize(pixels, height, width, interpolation)
+    shorter = preprocessing.shorter_side
+    if preprocessing.fit == "stretch":
+        return _center_crop(resize(pixels, shorter, shorter, interpolation), preprocessing)
     height, width = pixels.shape[1:]
     longest = _MAX_ASPECT * min(height, width)
     if max(height, width) > longest:  # a line of a million pixels would be resized to gigabytes
         pixels = F.center_crop(pixels, [min(height, longest), min(width, longest)])
         height, width = pixels.shape[1:]
-    # Rounded down, and the odd line of a crop left at its end, as image processors of transformers have it.
-    shorter, least = preprocessing.shorter_side, min(height, width)
-    resized = resize(pixels, shorter * height // least, shorter * width // least, interpolation)
-    top, left = (resized.shape[1] - size) // 2, (resized.shape[2] - size) // 2
-    return resized[:, top : top + size, left : left + size]
+    # The longer side is rounded down, as torchvision and transformers do it.
+    longer = int(shorter * max(height, width) / min(height, width))
+    resized = resize(pixels, *((longer, shorter) if height > width else (shorter, longer)), interpolation)
+    return _center_crop(resized, preprocessing)
+
+
+def _center_crop(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    size, rounded = preprocessing.size, round if preprocessing.crop_rounding == "round" else int
+    if pixels.shape[1:] == (size, size):
+        return pixels
+    top, left = (rounded((side - size) / 2) for side in pixels.shape[1:])
+    return pixels[:, top : top + size, left : left + size]
 
 
 def resize(pixels: torch.Tensor, height: int, width: int, interpolation: str = "bicubic") -> torch.Tensor:

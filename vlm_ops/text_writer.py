@@ -30,7 +30,8 @@ from schemas.tags import Category, ImageEvidence, TagTexts
 from vlm_ops import text_rules
 from vlm_ops.batch_limits import is_out_of_memory, release_cached_memory
 from vlm_ops.mentions import words
-from vlm_ops.models import huggingface, language_model
+from vlm_ops.models import language_model
+from vlm_ops.models.hub import locate, read_json, revision_of
 from vlm_ops.models.settings import resolve_device
 from vlm_ops.plain_text import plain, shorten
 from vlm_ops.tag_texts import DECORATIVE, FEW_KEYWORDS, MIN_LABEL_SCORE, NOTHING_KNOWN, slug
@@ -432,8 +433,8 @@ def _is_worth_writing(evidence: ImageEvidence, draft: TagTexts) -> bool:
 def _load_tokenizer(spec: str) -> tuple[Any, str]:
     """The tokenizer of a model that can write, and the spec of the model with its revision."""
     directory = language_model._directory(spec)
-    huggingface._read_json(directory / "config.json")  # its errors say what to do
-    full_spec = f"{huggingface._locate(spec)[1]} {huggingface._revision(directory)}"
+    read_json(directory / "config.json")  # its errors say what to do
+    full_spec = f"{locate(spec)[1]} {revision_of(directory)}"
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -37,7 +37,7 @@ from vlm_ops.models import (
     torchvision_family,
 )
 from vlm_ops.models.backbones import BackboneImageModel
-from vlm_ops.models.huggingface import read_preprocessing
+from vlm_ops.models.hf_preprocessing import read_preprocessing
 from vlm_ops.models.settings import CPU, ModelSettings, resolved
 from vlm_ops.preprocessing import Preprocessing
 
@@ -291,13 +291,21 @@ def test_register_tokens_are_not_in_the_grid(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("processor", "expected"),
     [
-        (transformers.ViTImageProcessor(), Preprocessing(224, "stretch")),
-        (transformers.BitImageProcessor(size={"shortest_edge": 256}), Preprocessing(224, "cover", 224 / 256)),
-        (transformers.BitImageProcessor(do_center_crop=False), Preprocessing(224, "cover", 1.0)),
-        (transformers.DeiTImageProcessor(), Preprocessing(224, "cover", 224 / 256)),
-        (transformers.PoolFormerImageProcessor(), Preprocessing(224, "cover", 0.9)),
-        (transformers.ConvNextImageProcessor(size={"shortest_edge": 224}), Preprocessing(224, "cover", 224 / 256)),
-        (transformers.ConvNextImageProcessor(), Preprocessing(384, "stretch")),
+        (transformers.ViTImageProcessor(), Preprocessing(224, "stretch", 1.0, "bilinear", "floor")),
+        (transformers.ViTImageProcessor(resample=0), Preprocessing(224, "stretch", 1.0, "nearest-exact", "floor")),
+        (
+            transformers.BitImageProcessor(size={"shortest_edge": 256}),
+            Preprocessing(224, "cover", 224 / 256, "bicubic", "floor"),
+        ),
+        (transformers.DeiTImageProcessor(), Preprocessing(224, "stretch", 224 / 256, "bicubic", "floor")),
+        (transformers.PoolFormerImageProcessor(), Preprocessing(224, "cover", 224 / 248, "bicubic", "floor")),
+        (
+            transformers.ConvNextImageProcessor(size={"shortest_edge": 224}),
+            Preprocessing(224, "cover", 224 / 256, "bicubic", "floor"),
+        ),
+        (transformers.ConvNextImageProcessor(), Preprocessing(384, "stretch", 1.0, "bicubic", "floor")),
+        (transformers.CLIPImageProcessor(), Preprocessing(224, "cover", 1.0, "bicubic", "floor")),
+        (transformers.SiglipImageProcessor(), Preprocessing(224, "stretch", 1.0, "bicubic", "floor")),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -305,14 +313,14 @@ def test_preprocessing_of_image_processors(processor: Any, expected: Preprocessi
     assert read_preprocessing(processor) == expected
 
 
-@pytest.mark.parametrize("kind", ["resnet", "convnext"])
-def test_preprocessing_equals_that_of_transformers(kind: str) -> None:
-    """Of the processors that resize bicubically as we do."""
+@pytest.mark.parametrize("kind", IMAGE_MODELS)
+@pytest.mark.parametrize("size", [(160, 110), (109, 163), (37, 41), (64, 64)])
+def test_preprocessing_equals_that_of_transformers(kind: str, size: tuple[int, int]) -> None:
     processor = IMAGE_MODELS[kind][1]
-    image = photo(3, 160, 110)
+    image = photo(3, *size)
     expected = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
     actual = preprocess(torch.from_numpy(pixels_of([image])[0]), read_preprocessing(processor)).numpy()
-    assert np.abs(actual.astype(int) - expected.astype(int)).mean() < 1
+    assert np.array_equal(actual, expected)
 
 
 # --- hf: texts ------------------------------------------------------------------------------------
@@ -403,14 +411,15 @@ def test_repository_in_the_local_cache(
         (repo / "refs" / name).write_text(commit)
     local = describe_model(f"hf:{directories['vit']}")
     for spec in ("hf:someone/tiny", "hf:someone/tiny@v1", f"hf:someone/tiny@{commit}"):
-        assert describe_model(spec) == ModelInfo(spec, local.revision, local.produces, False)
-    with pytest.raises(ValueError, match="no model 'hf:someone/tiny@v2': 'someone/tiny@v2' is neither"):
+        pinned = f"hf:someone/tiny@{commit}"
+        assert describe_model(spec) == ModelInfo(pinned, local.revision, local.produces, False)
+    with pytest.raises(ValueError, match="no model 'hf:someone/tiny@v2': 'someone/tiny' is neither a directory nor in"):
         describe_model("hf:someone/tiny@v2")
 
 
 @pytest.mark.parametrize("wrong", ["hf:", "hf:/no/such/directory", "hf:someone/unknown"])
 def test_model_that_is_not_here(wrong: str) -> None:
-    with pytest.raises(ValueError, match=f"^no model '{wrong}': .* give the path of a model's directory, or fetch"):
+    with pytest.raises(ValueError, match=f"^no model '{wrong}': .* is neither a directory nor"):
         describe_model(wrong)
 
 
@@ -422,7 +431,10 @@ def test_directories_that_are_not_whole(directories: dict[str, Path], tmp_path: 
     with pytest.raises(ValueError, match="cannot be read: config.json: "):
         describe_model(spec)
     (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
-    with pytest.raises(ValueError, match="its model_type is 'whisper'; known are, for images, bit, .* texts, albert"):
+    with pytest.raises(
+        ValueError,
+        match="its model_type is 'whisper'; known are dual encoders .* the image backbones bit, .* text encoders albert",
+    ):
         describe_model(spec)
     shutil.copy(directories["vit"] / "config.json", tmp_path)
     with pytest.raises(ValueError, match="has no weights: there is no model.safetensors"):
@@ -450,9 +462,17 @@ def test_sides_that_are_not_there(directories: dict[str, Path], tmp_path: Path) 
     ("processor", "message"),
     [
         (transformers.ViTImageProcessor(size={"height": 20, "width": 30}), "does not resize every image to one square"),
-        (transformers.MobileViTImageProcessor(), "does more to the pixels than to rescale and normalise them"),
+        (transformers.MobileViTImageProcessor(), "does more to an image than to resize and to crop it"),
+        (
+            transformers.BitImageProcessor(do_center_crop=False),
+            "keeps the aspect ratio of every image; give it a crop_size",
+        ),
+        (
+            transformers.ViTImageProcessor(resample=1),
+            r"resizes by Pillow's filter 1, which is not supported; set resample",
+        ),
     ],
-    ids=["oblong", "BGR"],
+    ids=["oblong", "BGR", "no crop", "filter"],
 )
 def test_image_processors_that_cannot_be_followed(
     processor: Any, message: str, directories: dict[str, Path], tmp_path: Path

@@ -210,9 +210,10 @@ def by_pillow(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
     size = preprocessing.size
     if preprocessing.fit == "stretch":
         return expected(image.resize((size, size), Image.Resampling.BICUBIC))
-    width, height = (int(preprocessing.shorter_side * side / min(image.size)) for side in image.size)
+    scale = preprocessing.shorter_side / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = int((width - size) / 2), int((height - size) / 2)
+    left, top = round((width - size) / 2), round((height - size) / 2)
     return expected(image.crop((left, top, left + size, top + size)))
 
 

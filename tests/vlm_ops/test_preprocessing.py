@@ -90,7 +90,7 @@ def test_what_a_model_sees_of_a_picture(preprocessing: Preprocessing, window: tu
     ("options", "message"),
     [
         ({"fit": "fill"}, "unknown fit 'fill'; use 'stretch', 'cover' or 'contain'"),
-        ({"interpolation": "nearest"}, "unknown interpolation 'nearest'; use bicubic or bilinear"),
+        ({"interpolation": "nearest"}, "unknown interpolation 'nearest'; use bicubic, bilinear, nearest-exact"),
         ({"crop_fraction": 0.0}, r"crop_fraction must be in \(0, 1\], got 0.0"),
         ({"crop_fraction": 1.5}, r"crop_fraction must be in \(0, 1\], got 1.5"),
     ],

@@ -437,7 +437,7 @@ def test_the_identity_says_what_decides_the_texts(spec: str, writer: TextWriter,
 
 
 def test_a_model_that_is_not_here_is_told_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no model 'hf:no/such': 'no/such' is neither a directory nor a repository"):
+    with pytest.raises(ValueError, match="no model 'hf:no/such': 'no/such' is neither a directory nor in the local"):
         TextWriter.load("hf:no/such", "cpu")
     with pytest.raises(ValueError, match="model 'compact' is no model of transformers; use hf:PATH or hf:REPO"):
         text_writer_identity("compact")

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from transformers.utils import logging as transformers_logging
 
 from vlm_ops.images import preprocess
-from vlm_ops.models import Caption, ImageEncoding, ModelInfo, huggingface
+from vlm_ops.models import Caption, ImageEncoding, ModelInfo
 from vlm_ops.models.hf_captioners import no_chat_template
+from vlm_ops.models.hf_preprocessing import normalisation, read_preprocessing
 from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
@@ -39,10 +40,6 @@ _NO_SAMPLING = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 5
 # The longer side of an image whose shape is kept. Tiles and native resolutions are for reading documents; for one
 # sentence, 1024 pixels (1,300 tokens of a Qwen-VL) tell as much, at a quarter of the cost of 2048.
 _LONGER_SIDE = 1024
-# Pillow's numbers of the filters that `Preprocessing` knows.
-_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-# By how many levels of 256 two ways of resizing may differ on average.
-_SAME_PIXELS = 2.0
 # On a CPU at once: the scores of all tokens of a beam search are kept, and an image may have 17 tiles.
 _CPU_BATCH = 8
 
@@ -228,50 +225,24 @@ class _Squares:
 
 
 def _squares_of(asked: _Asked) -> _Squares | None:
-    """None where the processor does not make one square of every image, or makes it as `preprocess` cannot.
-
-    That is found by asking it for a black, a white and a shaded image, the last of them wide and high.
-    """
-    preprocessing = _preprocessing_of(asked.processor.image_processor)
-    if preprocessing is None:
-        return None
-    size = preprocessing.size
-    shaded = _shades(size)
-    images = [torch.zeros(3, size, size, dtype=torch.uint8), torch.full((3, size, size), 255, dtype=torch.uint8)]
-    images += [shaded[:, : 2 * size], shaded[:, :, : 2 * size]]
-    made = [asked.inputs([image]) for image in images]
-    if any(np.shape(each.get("pixel_values")) != (1, 3, size, size) for each in made):
-        return None
-    black, white, *shades = (each.pop("pixel_values")[0].float() for each in made)
-    shift = black[:, :1, :1]
-    scale = (white[:, :1, :1] - shift) / 255
-    for image, values in zip(images[2:], shades, strict=True):
-        ours = preprocess(image, preprocessing).float()
-        if (ours - (values - shift) / scale).abs().mean() > _SAME_PIXELS:
-            return None
-    others = made[0]
-    for each in made[1:]:  # what is told of an image's size, or of its tiles, is not the same of all
-        if any(not torch.is_tensor(value) or not torch.equal(value, each[name]) for name, value in others.items()):
-            return None
-    return _Squares(preprocessing, scale, shift, others)
-
-
-def _shades(size: int) -> torch.Tensor:
-    """uint8[3, 3 * size, 3 * size], smooth, different at every place."""
-    steps = torch.linspace(0, 255, 3 * size)
-    rows, columns = torch.meshgrid(steps, steps, indexing="ij")
-    return torch.stack([rows, columns, 255 - (rows + columns) / 2]).to(torch.uint8)
-
-
-def _preprocessing_of(image_processor: Any) -> Preprocessing | None:
+    """None where the processor does not make one square of every image, or makes it as `preprocess` cannot."""
     try:
-        preprocessing = huggingface.read_preprocessing(image_processor)
-    except (ValueError, AttributeError, KeyError, TypeError):  # sizes are told in many ways
+        preprocessing = read_preprocessing(asked.processor.image_processor)
+        scale, shift = map(torch.from_numpy, normalisation(asked.processor.image_processor))
+    except (ValueError, AttributeError, KeyError, TypeError):  # they tell their sizes in many ways
         return None
-    interpolation = _INTERPOLATIONS.get(getattr(image_processor, "resample", None) or 0)
-    if interpolation is None or preprocessing.size > _LONGER_SIDE:
+    wide = torch.arange(256, dtype=torch.uint8).repeat(3, preprocessing.size, 1)
+    made = [asked.inputs([image]) for image in (wide, wide.transpose(1, 2))]
+    for image, inputs in zip((wide, wide.transpose(1, 2)), made, strict=True):
+        values, expected = inputs.pop("pixel_values", None), preprocess(image, preprocessing) * scale + shift
+        # Whole processors may cut into tiles what their image processors do not.
+        if np.shape(values) != (1, *expected.shape) or bool(((values[0] - expected).abs() > 1.01 * scale).any()):
+            return None
+    others, again = made
+    # What is told of an image's shape is not the same of both.
+    if not all(torch.is_tensor(value) and torch.equal(value, again[name]) for name, value in others.items()):
         return None
-    return replace(preprocessing, interpolation=interpolation)
+    return _Squares(preprocessing, scale, shift, others)
 
 
 class _TwoProcessors:

@@ -14,7 +14,6 @@ This module knows the files; `hf_caption_writing` has the models write.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_ops.models import ImageModel, ModelInfo
+from vlm_ops.models.hub import read_json, revision_of
 from vlm_ops.models.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -77,44 +77,40 @@ def is_captioner(config: Mapping[str, Any]) -> bool:
     return sees and any(name.endswith(_WRITERS) for name in config.get("architectures") or ())
 
 
-def describe(spec: str, settings: ModelSettings) -> ModelInfo:
+def describe(spec: str, directory: Path, settings: ModelSettings) -> ModelInfo:
     """Reads the small files, and hashes the weights once a process.
 
-    Raises:
-        ValueError: There is no such model here, something of it is missing, or it cannot be asked as the settings say.
-    """
-    from vlm_ops.models import huggingface
+    Args:
+        spec: The whole one.
 
-    directory, full_spec = huggingface._locate(spec)
-    config = huggingface._read_json(directory / "config.json")
+    Raises:
+        ValueError: Something of the model is missing, or it cannot be asked as the settings say.
+    """
+    config = read_json(directory / "config.json")
     _check_files(spec, directory, config, settings)
     _check_settings(spec, config, settings)
     takes = {"max_new_tokens", "num_beams"} | ({"caption_prompt"} if _prompting(config).way != "nothing" else set())
-    return ModelInfo(
-        full_spec, huggingface._revision(directory), frozenset({"caption"}), encodes_text=False, takes=frozenset(takes)
-    )
+    revision = revision_of(directory, settings.trust_remote_code)
+    return ModelInfo(spec, revision, frozenset({"caption"}), encodes_text=False, takes=frozenset(takes))
 
 
-def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel:
+def load_image_model(info: ModelInfo, directory: Path, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel:
     """Reads the weights in the dtype of the settings.
 
     Raises:
-        ValueError: See `describe`; or the model cannot be loaded.
+        ValueError: The model cannot be loaded.
     """
-    from vlm_ops.models import huggingface
     from vlm_ops.models.hf_caption_writing import HuggingFaceCaptioner
 
-    info = describe(spec, settings)
-    directory, _ = huggingface._locate(spec)
-    config = huggingface._read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     prompting = _prompting(config)
     if settings.compile:
-        logger.warning("--compile is left out for %s: its captions grow a token at a time", spec)
+        logger.warning("--compile is left out for %s: its captions grow a token at a time", info.spec)
     return HuggingFaceCaptioner(
         info,
         directory,
         settings,
-        kind=config["model_type"],
+        kind=str(config.get("model_type")),
         way=prompting.way,
         prompt=settings.caption_prompt if settings.caption_prompt is not None else prompting.default,
         max_new_tokens=_MAX_NEW_TOKENS_OF_CHAT if prompting.way == "chat" else _MAX_NEW_TOKENS,
@@ -123,14 +119,14 @@ def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]
 
 
 def _prompting(config: Mapping[str, Any]) -> Prompting:
-    return _PROMPTINGS.get(config["model_type"], _CHAT)
+    return _PROMPTINGS.get(str(config.get("model_type")), _CHAT)
 
 
 def _check_files(spec: str, directory: Path, config: Mapping[str, Any], settings: ModelSettings) -> None:
     """Raises:
     ValueError: The model has no image processor, no form for a question, or code of its own that may not run.
     """
-    kind = config["model_type"]
+    kind = str(config.get("model_type"))
     if "auto_map" in config and kind == "florence2":
         raise ValueError(
             f"model {spec!r} is a Florence-2 in the format of its first repositories, which transformers cannot read; "
@@ -138,7 +134,8 @@ def _check_files(spec: str, directory: Path, config: Mapping[str, Any], settings
         )
     if "auto_map" in config and kind not in _PROMPTINGS and not _is_built_in(kind) and not settings.trust_remote_code:
         raise ValueError(
-            f"model {spec!r} runs code that lies in its repository; allow that with --trust_remote_code if you trust it"
+            f"model {spec!r} runs code that lies in its repository; it can do whatever you can: read it, and allow it with "
+            "--trust_remote_code if you trust it"
         )
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise ValueError(
@@ -154,7 +151,7 @@ def _has_chat_template(directory: Path) -> bool:
     if (directory / "chat_template.jinja").is_file():
         return True
     files = (directory / name for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"))
-    return any(path.is_file() and "chat_template" in json.loads(path.read_text("utf-8")) for path in files)
+    return any(path.is_file() and "chat_template" in read_json(path) for path in files)
 
 
 def no_chat_template(directory: Path, image_token: str = "<image>") -> ValueError:

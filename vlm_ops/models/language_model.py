@@ -32,8 +32,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from vlm_ops.models import huggingface
+from vlm_ops.models import hf_backbones, huggingface
 from vlm_ops.models.captioner import Hypothesis
+from vlm_ops.models.hf_preprocessing import load_image_processor, normalisation, read_preprocessing
+from vlm_ops.models.hub import locate, read_json
 from vlm_ops.models.standardised import Standardised
 from vlm_ops.preprocessing import Preprocessing
 
@@ -306,18 +308,18 @@ def load_vision_encoder_decoder(
         model = _pretrained(VisionEncoderDecoderModel, directory, config, may_lack=("encoder.pooler.",))
         tokenizer = _tokenizer(directory)
     else:
-        huggingface._describe_image_model(spec)
-        encoder = huggingface._pretrained(directory)
+        huggingface.describe_image_model(spec)
+        encoder = hf_backbones.pretrained(directory)
         if not hasattr(encoder.config, "hidden_size"):
             raise ValueError(f"model {spec!r} is a {kind!r}, which gives no tokens; name a vision transformer")
         language_model, tokenizer = load_language_model(language_model_spec)
         model = _joined(encoder, language_model)
-    processor = huggingface._image_processor(directory)
-    scale, shift = huggingface._normalisation(processor)
+    processor = load_image_processor(directory)
+    scale, shift = normalisation(processor)
     writer = VisionEncoderDecoderWriter(
         model,
         tokenizer,
-        huggingface.read_preprocessing(processor),
+        read_preprocessing(processor),
         mean=(-shift / scale).ravel().tolist(),
         std=(1 / scale).ravel().tolist(),
         max_tokens=max_tokens,
@@ -417,11 +419,11 @@ def _from_json(config: Mapping[str, Any]) -> Any:
 def _directory(spec: str) -> Path:
     if not spec.startswith("hf:"):
         raise ValueError(f"model {spec!r} is no model of transformers; use hf:PATH or hf:REPO[@REVISION]")
-    return huggingface._locate(spec)[0]
+    return locate(spec)[0]
 
 
 def _configuration(directory: Path) -> Any:
-    huggingface._read_json(directory / "config.json")  # its errors say what to do
+    read_json(directory / "config.json")  # its errors say what to do
     return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 
