@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
+from deltalake import DeltaTable
 from PIL import Image
 
+from pipelines.cli import main
 from schemas.samples import Sample
 from tests.conftest import encode, photo
 from tests.vlm_ops import tiny_captioners
@@ -452,3 +454,24 @@ def test_a_captioner_is_no_backbone(folder: Path) -> None:
         load_image_backbone(f"hf:{folder / 'blip'}")
     with pytest.raises(ValueError, match="cannot serve op 'embedding'"):
         plan_ops(["embedding"], f"hf:{folder / 'blip'}")
+
+
+# --- build ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["git", "smolvlm"])
+def test_build_captions_by_a_model(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(PHOTOS):
+        image.save(tmp_path / "photos" / f"{number}.png")
+    catalog, spec = tmp_path / "catalog", f"hf:{folder / name}"
+    arguments = ["build", "--input", str(tmp_path / "photos"), "--catalog", str(catalog), "--ops", "caption"]
+    told = ["--caption_prompt", OTHER_PROMPTS[name], "--max_new_tokens", "9", "--num_beams", "2"]
+    assert main([*arguments, "--caption_model", spec, *told]) == 0
+    rows = sorted(DeltaTable(str(catalog / "images")).to_pyarrow_table().to_pylist(), key=lambda row: row["key"])
+    how: dict[str, Any] = {"max_new_tokens": 9, "num_beams": 2}
+    expected = [by_hand(folder / name, image, OTHER_PROMPTS[name], **how) for image in PHOTOS]
+    agree([Caption(row["caption"], row["caption_source"], row["caption_score"]) for row in rows], expected)
+    capsys.readouterr()
+    assert main([*arguments, "--caption_model", spec.replace(name, "vit_gpt2"), *told]) == 2
+    assert "cannot be told anything" in capsys.readouterr().err
