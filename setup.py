@@ -55,6 +55,7 @@ setup(
         "faiss-gpu>=1.9",
         "fsspec>=2024.6",
         "gcsfs>=2024.6",
+        "num2words>=0.5.14",
         "huggingface_hub>=1.28",
         "numpy>=1.26",
         "onnx>=1.17",
