@@ -89,8 +89,10 @@ def split_words(caption: str) -> list[str]:
 # What was read of images: keys, transposed, float32[n, heads, width / heads, m], and values, float32[n, heads, m,
 # width / heads], of each layer; and log-probabilities of the colours, float32[n, number of colours], where some are named.
 Read = tuple[torch.Tensor, ...]
+# Keys and values of the words so far, of each layer: float32[n, c, heads, t, width / heads] each.
+Past = tuple[torch.Tensor, ...]
 # (read, past, last words, position) -> (log-probabilities of the next word, past with the last words)
-Step = Callable[[Read, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Step = Callable[[Read, Past, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Past]]
 
 
 @dataclass(frozen=True)
@@ -148,14 +150,11 @@ class CaptionDecoder(Standardised):
         self.from_colors = nn.Linear(len(config.colors), width) if config.colors else None
         color_ids = [self.vocabulary.encode(color)[0] for color in config.colors]
         self.color_ids: torch.Tensor
-        self.color_rows: torch.Tensor
         self.register_buffer("color_ids", torch.tensor(color_ids, dtype=torch.long), persistent=False)
         self.repeating: torch.Tensor
         signs = [-torch.inf if number in _UNWRITTEN else 0.0 for number in range(len(Vocabulary.SPECIAL))]
         repeating = signs + [0.0 if len(word) <= _REPEATABLE_LETTERS else -torch.inf for word in config.words]
         self.register_buffer("repeating", torch.tensor(repeating), persistent=False)
-        rows = F.one_hot(self.color_ids, len(self.vocabulary)).float()
-        self.register_buffer("color_rows", rows, persistent=False)
         self.encoder = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width, config.num_heads, 4 * width, config.dropout, "gelu", batch_first=True, norm_first=True
@@ -267,39 +266,48 @@ class CaptionDecoder(Standardised):
         return tuple(read) if self.color_namer is None else (*read, self._seen_colors(inputs["grid"]))
 
     def step(
-        self, read: Read, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, read: Read, past: Past, words: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, Past]:
         """The next word after each sentence's last one.
 
         Args:
             read: From `read`.
-            past: Keys and values of the words before, float32[n, c, 2 * layers, heads, t, width / heads].
+            past: Keys and values of the words before, of each layer.
             words: int64[n, c], the last words.
             position: int64[1], where they stand.
 
         Returns:
             Log-probabilities float32[n, c, vocabulary], and the past with these words.
         """
+        log_probs, grown = self.step_without_colors(read, past, words, position)
+        return self.with_colors(log_probs, read), grown
+
+    def step_without_colors(
+        self, read: Read, past: Past, words: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, Past]:
+        """As `step`; colours have had no say of their own."""
         hidden = self.embedding(words)[:, :, None] + self.position[position]
-        grown = []
+        grown: Past = ()
         for number, block in enumerate(self.blocks):
-            keys, values = 2 * number, 2 * number + 1
-            hidden, kept = block(hidden, (read[keys], read[values]), (past[:, :, keys], past[:, :, values]))
+            pair = slice(2 * number, 2 * number + 2)
+            hidden, kept = block(hidden, read[pair], past[pair])
             grown += kept
-        log_probs = F.log_softmax(self._logits(hidden)[:, :, 0].float(), dim=-1)
-        if self.color_namer is not None:
-            log_probs = self._with_colors(log_probs, read[-1][:, None])
-        return log_probs, torch.stack(grown, dim=2)
+        # As a matrix, whose product takes the bias along.
+        logits = self._logits(hidden.flatten(0, 2)).unflatten(0, words.shape)
+        return F.log_softmax(logits.float(), dim=-1), grown
 
     def _seen_colors(self, grid: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the colours, float32[n, number of colours]."""
         assert self.color_namer is not None
         return F.log_softmax(self.color_namer(_shortened(grid)).float(), dim=-1).detach()
 
-    def _with_colors(self, log_probs: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [..., vocabulary] of words after those of the colours [..., number of colours] have had their say
-        about which colour is named, not about whether one is."""
-        return log_probs + self._gained_by_colors(log_probs[..., self.color_ids], seen) @ self.color_rows
+    def with_colors(self, log_probs: torch.Tensor, read: Read) -> torch.Tensor:
+        """Log-probabilities float32[n, c, vocabulary] of words, in place, after those of the colours have had their say about
+        which colour is named, not about whether one is."""
+        if self.color_namer is None:
+            return log_probs
+        own = log_probs[:, :, self.color_ids]
+        return log_probs.index_add_(2, self.color_ids, self._gained_by_colors(own, read[-1][:, None]))
 
     def _gained_by_colors(self, own: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """What that adds to the log-probabilities of the colour words, `own` [..., number of colours]."""
@@ -342,7 +350,7 @@ class CaptionDecoder(Standardised):
                 log_probs[:, :, v.END + 1 :] = -torch.inf
             beams, chosen, totals, lengths = _best(totals, lengths, log_probs, words[:, :, -1] == v.END, num_beams)
             words = torch.cat([_pick(words, beams), chosen[:, :, None]], dim=2)
-            past = _pick(past, beams)
+            past = tuple(_pick(each, beams) for each in past)
             has_ended = (chosen == v.END) | (totals == -torch.inf)  # there may be fewer sentences than beams
             is_over = has_ended[:, :num_wanted].all(dim=1).cpu()
             # Others of the batch have no say in what is found of an image.
@@ -357,16 +365,15 @@ class CaptionDecoder(Standardised):
                 break
             if (~is_found).float().mean() > _WORTH_COPYING:
                 continue
-            rows, read = rows[~is_found], tuple(each[~is_found] for each in read)
-            past, words, totals, lengths = (each[~is_found] for each in (past, words, totals, lengths))
+            read, past = (tuple(each[~is_found] for each in kept) for kept in (read, past))
+            rows, words, totals, lengths = (each[~is_found] for each in (rows, words, totals, lengths))
             is_found = is_found[~is_found]
         return found
 
-    def _no_past(self, num_images: int, count: int) -> torch.Tensor:
+    def _no_past(self, num_images: int, count: int) -> Past:
         config = self.config
-        width = config.width // config.num_heads
-        shape = (num_images, count, 2 * config.decoder_layers, config.num_heads, 0, width)
-        return torch.zeros(shape, device=self.bias.device)
+        shape = (num_images, count, config.num_heads, 0, config.width // config.num_heads)
+        return (torch.zeros(shape, device=self.bias.device),) * (2 * config.decoder_layers)
 
     def _sentences(self, ids: torch.Tensor, scores: torch.Tensor) -> list[list[Hypothesis]]:
         """Words int64[n, c, t] and scores float32[n, c], best first."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vlm_ops.models.backbones import make_forward
-from vlm_ops.models.caption_decoder import CaptionDecoder, Read
+from vlm_ops.models.caption_decoder import CaptionDecoder, Past, Read
 from vlm_ops.models.captioner import Hypothesis
 from vlm_ops.models.settings import CPU
 
@@ -32,36 +32,32 @@ class DecoderEngine:
         self._names = tuple(inputs)
         width, heads, num_tokens = config.width // config.num_heads, config.num_heads, config.num_tokens
         layers = range(config.decoder_layers)
-        self._read_names = [f"{kind}_{layer}" for layer in layers for kind in ("keys", "values")]
-        num_states = len(self._read_names)
-        self._read_names += ["colors"] if config.colors else []
+        states = [f"{kind}_{layer}" for layer in layers for kind in ("keys", "values")]
+        self._state_names = (*states, *(f"past_{name}" for name in states))
         self._read = make_forward(
             f"{name}-keys",
             lambda: _Read(decoder),
             {key: values.numpy() for key, values in inputs.items()},
             {key: {0: "n"} for key in inputs},
             CPU,
-            range(len(self._read_names)),
+            range(len(states) + bool(config.colors)),
         )
-        shapes = {
-            "keys": (2, heads, width, num_tokens),
-            "values": (2, heads, num_tokens, width),
-            "colors": (2, len(config.colors)),
-        }
+        past = (2, 3, heads, 4, width)
+        shapes = {"keys": (2, heads, width, num_tokens), "values": (2, heads, num_tokens, width), "past": past}
         examples = {
-            "past": torch.rand(2, 3, num_states, heads, 4, width),
             "words": torch.full((2, 3), 4),
             "position": torch.tensor([4]),
-            **{key: torch.rand(shapes[key.partition("_")[0]]) for key in self._read_names},
+            **{name: torch.rand(shapes[name.partition("_")[0]]) for name in self._state_names},
         }
         self._step = make_forward(
-            f"{name}-word",
+            f"{name}-word-step",
             lambda: _Step(decoder),
             {key: values.numpy() for key, values in examples.items()},
-            {"past": {0: "n", 1: "c", 4: "t"}, "words": {0: "n", 1: "c"}, "position": {}}
-            | {key: {0: "n"} for key in self._read_names},
+            {"words": {0: "n", 1: "c"}, "position": {}}
+            | {name: {0: "n"} for name in states}
+            | {f"past_{name}": {0: "n", 1: "c", 3: "t"} for name in states},
             CPU,
-            (0, 1),
+            range(1 + len(states)),
         )
 
     def write(
@@ -74,12 +70,15 @@ class DecoderEngine:
         return self._decoder.search(self._next_words, tuple(map(torch.from_numpy, read)), num_beams, num_wanted)
 
     def _next_words(
-        self, read: Read, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, read: Read, past: Past, words: torch.Tensor, position: torch.Tensor
+    ) -> tuple[torch.Tensor, Past]:
         """As `CaptionDecoder.step`."""
-        state = {"past": past, "words": words, "position": position, **dict(zip(self._read_names, read, strict=True))}
-        log_probs, grown = self._step({name: each.numpy() for name, each in state.items()})
-        return torch.from_numpy(log_probs), torch.from_numpy(grown)
+        # Behind the keys and values that were read there may be the colours.
+        states = dict(zip(self._state_names, (*read[: len(past)], *past), strict=True))
+        inputs = {"words": words, "position": position, **states}
+        log_probs, *grown = map(torch.from_numpy, self._step({name: each.numpy() for name, each in inputs.items()}))
+        # The colours' say touches a few words, and would cost the graph a pass over all.
+        return self._decoder.with_colors(log_probs, read), tuple(grown)
 
 
 class _Read(torch.nn.Module):
@@ -95,11 +94,13 @@ class _Read(torch.nn.Module):
 
 
 class _Step(torch.nn.Module):
-    """`CaptionDecoder.step` as a forward pass."""
+    """`CaptionDecoder.step_without_colors` as a forward pass."""
 
     def __init__(self, decoder: CaptionDecoder) -> None:
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, past: torch.Tensor, words: torch.Tensor, position: torch.Tensor, *read: torch.Tensor) -> Any:
-        return self.decoder.step(read, past, words, position)
+    def forward(self, words: torch.Tensor, position: torch.Tensor, *states: torch.Tensor) -> Any:
+        read, past = states[: len(states) // 2], states[len(states) // 2 :]
+        log_probs, grown = self.decoder.step_without_colors(read, past, words, position)
+        return log_probs, *grown
