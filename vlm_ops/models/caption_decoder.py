@@ -265,9 +265,7 @@ class CaptionDecoder(Standardised):
         read = [each for keys, values in pairs for each in (keys.transpose(2, 3).contiguous(), values.contiguous())]
         return tuple(read) if self.color_namer is None else (*read, self._seen_colors(inputs["grid"]))
 
-    def step(
-        self, read: Read, past: Past, words: torch.Tensor, position: torch.Tensor
-    ) -> tuple[torch.Tensor, Past]:
+    def step(self, read: Read, past: Past, words: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, Past]:
         """The next word after each sentence's last one.
 
         Args:
@@ -306,8 +304,9 @@ class CaptionDecoder(Standardised):
         which colour is named, not about whether one is."""
         if self.color_namer is None:
             return log_probs
-        own = log_probs[:, :, self.color_ids]
-        return log_probs.index_add_(2, self.color_ids, self._gained_by_colors(own, read[-1][:, None]))
+        ids = self.color_ids.expand(*log_probs.shape[:2], -1)
+        own = log_probs.gather(2, ids)
+        return log_probs.scatter_(2, ids, own + self._gained_by_colors(own, read[-1][:, None]))
 
     def _gained_by_colors(self, own: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """What that adds to the log-probabilities of the colour words, `own` [..., number of colours]."""
@@ -321,9 +320,7 @@ class CaptionDecoder(Standardised):
         """See Writer."""
         return self.search(self.step, self.read(inputs), num_beams, num_wanted)
 
-    def search(
-        self, step: Step, read: Read, num_beams: int, num_wanted: int | None = None
-    ) -> list[list[Hypothesis]]:
+    def search(self, step: Step, read: Read, num_beams: int, num_wanted: int | None = None) -> list[list[Hypothesis]]:
         """Beam search over all images at once. A sentence that has ended stays in its beam, and competes by its score with
         those that go on. None says a longer word twice.
 
@@ -365,9 +362,11 @@ class CaptionDecoder(Standardised):
                 break
             if (~is_found).float().mean() > _WORTH_COPYING:
                 continue
-            read, past = (tuple(each[~is_found] for each in kept) for kept in (read, past))
-            rows, words, totals, lengths = (each[~is_found] for each in (rows, words, totals, lengths))
-            is_found = is_found[~is_found]
+            going_on = (~is_found).nonzero()[:, 0]  # by numbers, rows are copied as wholes
+            rows, is_found = rows[going_on], is_found[going_on]
+            going_on = going_on.to(device)
+            read, past = (tuple(each.index_select(0, going_on) for each in kept) for kept in (read, past))
+            words, totals, lengths = (each[going_on] for each in (words, totals, lengths))
         return found
 
     def _no_past(self, num_images: int, count: int) -> Past:
