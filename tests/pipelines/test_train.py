@@ -14,6 +14,7 @@ import pytest
 import torch
 from deltalake import DeltaTable
 from PIL import Image
+from safetensors.torch import load_file
 
 from pipelines.cli import main
 from tests.conftest import encode, tar_bytes
@@ -357,6 +358,12 @@ def test_a_captioner_goes_on_with_cider(corpus: Path, tmp_path: Path, capsys: py
         train(corpus, tmp_path / "third", *reward, "--start", str(first), "--hidden_dim", "64", kind="captioner") == 2
     )
     assert "holds a captioner of other shapes or words; train with the flags" in capsys.readouterr().err
+    mixed = tmp_path / "mixed"
+    assert train(corpus, mixed, *reward, "--start", str(first), "--start_share", "0.25", kind="captioner") == 0
+    begun, trained, between = (load_file(path / "model.safetensors") for path in (first, second, mixed))
+    for name, values in between.items():
+        if name.startswith("writer.") and values.is_floating_point():
+            torch.testing.assert_close(values, torch.lerp(trained[name], begun[name], 0.25), atol=2e-3, rtol=2e-3)
 
 
 def test_a_captioner_on_a_dual_encoder_chooses(model: Path, stack: Path) -> None:
@@ -528,6 +535,7 @@ def test_a_model_that_is_trained_anew_is_another_one(corpus: Path, tmp_path: Pat
         ("dual-encoder", ["--mixing", "-5"], "argument --mixing: must not be negative, got -5"),
         ("captioner", ["--label_margin", "nan"], "argument --label_margin: must be finite, got nan"),
         ("captioner", ["--objective", "cider"], "for a captioner that can write already; name it with --start DIR"),
+        ("captioner", ["--start_share", "0.5"], "of the weights to begin with; name them with --start DIR"),
         (
             "captioner",
             ["--objective", "cider", "--start", "m", "--language_model", "hf:gpt2"],

@@ -86,13 +86,30 @@ def test_no_longer_word_is_said_twice() -> None:
     assert max(each.count("dog") for each in words) > 1
 
 
-def test_an_image_is_described_alike_alone_and_in_a_batch() -> None:
-    model, images = decoder(), inputs(6)
-    together = model.write(images, num_beams=3)
+@pytest.mark.parametrize("num_wanted", [None, 2])
+def test_an_image_is_described_alike_alone_and_in_a_batch(num_wanted: int | None) -> None:
+    model, images = decoder(max_words=6), inputs(6)
+    together = model.write(images, 3, num_wanted)
     for row in range(6):
-        alone = model.write({name: values[row : row + 1] for name, values in images.items()}, num_beams=3)[0]
+        alone = model.write({name: values[row : row + 1] for name, values in images.items()}, 3, num_wanted)[0]
         assert [each.text for each in alone] == [each.text for each in together[row]]
-    assert model.write({name: values[:0] for name, values in images.items()}, num_beams=3) == []
+    assert model.write({name: values[:0] for name, values in images.items()}, 3, num_wanted) == []
+
+
+def test_a_search_is_over_when_the_sentences_that_are_wanted_have_ended() -> None:
+    model, images = decoder(max_words=10, seed=1), inputs(30)
+    with torch.no_grad():
+        model.bias[Vocabulary.END] += 1.0  # of some images, the shortest sentence is the best
+    counts = []
+    for row, hypotheses in enumerate(model.write(images, num_beams=5, num_wanted=1)):
+        scores = [each.log_prob for each in hypotheses]
+        assert hypotheses and scores == sorted(scores, reverse=True)
+        counts.append(len(hypotheses))
+        for each in hypotheses:  # the end is counted: none was cut short
+            ids = [*model.vocabulary.encode(each.text), Vocabulary.END]
+            assert each.log_prob == pytest.approx(score_of(model, images, row, ids), abs=1e-4)
+    assert min(counts) < 5 == max(counts)
+    assert {len(hypotheses) for hypotheses in model.write(images, num_beams=5)} == {5}
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -106,7 +123,7 @@ def test_onnx_runtime_writes_what_torch_writes(
     model, images = decoder(max_words=6, words=COLORED), inputs(5)
     engine = DecoderEngine(model, "decoder")
     assert "runs through torch" not in caplog.text
-    written, expected = engine.write(images, num_beams), model.write(images, num_beams)
+    written, expected = engine.write(images, num_beams, 2), model.write(images, num_beams, 2)
     assert [[each.text for each in row] for row in written] == [[each.text for each in row] for row in expected]
     scores = [each.log_prob for row in written for each in row]
     assert scores == pytest.approx([each.log_prob for row in expected for each in row], abs=1e-4)

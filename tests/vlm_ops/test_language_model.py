@@ -191,6 +191,7 @@ def test_beam_search_finds_nothing_worse_than_greedy_decoding(make: Make, tmp_pa
     inputs = make_inputs()
 
     beams = writer.write(inputs, num_beams=4)
+    assert [len(each) for each in writer.write(inputs, num_beams=4, num_wanted=2)] == [2] * len(beams)
 
     assert [len(hypotheses) for hypotheses in beams] == [4] * len(CAPTIONS)
     for hypotheses, (alone,) in zip(beams, writer.write(inputs, num_beams=1), strict=True):
