@@ -41,9 +41,9 @@ from vlm_ops.preprocessing import Preprocessing
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 FAMILIES = list(tiny_captioners.FAMILIES)
-CHAT = ("llava", "llava_next", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+CHAT = ("llava", "llava_next", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl")
 # What makes one square of every image.
-SQUARES = ("blip", "git", "vit_gpt2", "florence2", "blip2", "instructblip", "paligemma", "kosmos2", "llava")
+SQUARES = ("blip", "git", "vit_gpt2", "florence2", "blip2", "instructblip", "paligemma", "kosmos2", "llava", "gemma3")
 QUESTION = "Describe this image in one plain sentence."
 PROMPTS = {
     "florence2": "<CAPTION>",
@@ -195,7 +195,7 @@ def test_description(name: str, folder: Path, model: ImageModel) -> None:
     info = describe_model(f"hf:{folder / name}")
     assert info == model.info and info.spec == f"hf:{folder / name}" and len(info.revision) == 12
     assert info.produces == {"caption"} and not info.encodes_text and list(model.label_names) == []
-    told = {"caption_prompt"} if name != "vit_gpt2" else set()
+    told = {"caption_prompt"} if name in OTHER_PROMPTS else set()
     assert info.takes == {"max_new_tokens", "num_beams"} | told
     form = model.preprocessing
     assert (form.size, form.fit == "contain") == ((32, False) if name in SQUARES else (1024, True))
