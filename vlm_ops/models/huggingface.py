@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm_ops.models import ImageBackbone, ImageModel, ModelInfo, TextBackbone, Tokenizer, hf_captioners
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel
-from vlm_ops.models.hub import locate, read_json, revision_of
+from vlm_ops.models.hub import fetch_repository, is_directory, locate, read_json, revision_of
 from vlm_ops.models.settings import CPU, ModelSettings
 
 # The `model_type`s that are known to work as image backbones, and as text encoders.
@@ -73,6 +73,13 @@ def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]
 def load_text_model(spec: str, settings: ModelSettings) -> BackboneTextModel:
     info = describe(spec, settings)
     return BackboneTextModel(info, _tokenizer(spec, settings), lambda: _text_backbone(spec, settings), settings)
+
+
+def fetch(spec: str, directory: Path, settings: ModelSettings) -> str | None:
+    if is_directory(spec):
+        return None
+    fetch_repository(spec, directory, settings.trust_remote_code)
+    return f"hf:{directory.resolve()}"
 
 
 def load_image_backbone(spec: str) -> ImageBackbone:
