@@ -240,7 +240,7 @@ def test_a_model_that_writes_nothing_gives_no_caption(folder: Path, monkeypatch:
     op: Any = load_ops(plan_ops(["caption"], f"hf:{folder / 'blip'}"), CPU)[0]
     end = op.model._asked.processor.tokenizer.eos_token_id
     one = torch.full((1, 1), end), torch.zeros(1)
-    monkeypatch.setattr(hf_caption_writing, "_written", lambda output, end_ids: one)
+    monkeypatch.setattr(hf_caption_writing, "_written", lambda model, inputs, end_ids: one)
     samples = [Sample("u", "u", "k", encode(PHOTOS[0], "PNG"))]
     batch, _ = decode_batch(samples, [op.preprocessing], 10**8)
     columns = {name: array.to_pylist() for name, array in op(batch).items()}

@@ -322,7 +322,7 @@ def pix2struct() -> tuple[Any, Any]:
             "decoder_start_token_id": 0,
             "is_decoder": True,
         },
-        vision_config={**layers, "patch_embed_hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 2},
+        vision_config={**layers, "patch_embed_hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 1},
     )
     return t.Pix2StructForConditionalGeneration(config), t.Pix2StructProcessor(t.Pix2StructImageProcessor(), words)
 
