@@ -139,8 +139,8 @@ class HuggingFaceCaptioner:
         return value.to(self._device, self._dtype if value.is_floating_point() else None, non_blocking=True)
 
     def _of_this_thread(self, name: str, original: Any, shared: Any) -> Any:
-        """This thread's own copy, that shares the tensors: models (Qwen-VL's positions) and tokenizers keep what belongs
-        to a call."""
+        """This thread's own copy, that shares the tensors: models (a Qwen-VL its positions) and tokenizers (how they pad)
+        keep what belongs to a call."""
         if not hasattr(self._own, name):
             setattr(self._own, name, copy.deepcopy(original, {id(tensor): tensor for tensor in shared}))
         return getattr(self._own, name)
