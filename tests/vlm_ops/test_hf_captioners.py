@@ -201,13 +201,6 @@ def test_description(name: str, folder: Path, model: ImageModel) -> None:
     assert (form.size, form.fit == "contain") == ((32, False) if name in SQUARES else (1024, True))
 
 
-def test_same_batch_gives_the_same_while_other_threads_write(model: ImageModel) -> None:
-    batches = [PHOTOS, PHOTOS[2:], PHOTOS[1:2], PHOTOS[::-1]]
-    expected = [captions_of(model, batch) for batch in batches]
-    with ThreadPoolExecutor(len(batches)) as pool:
-        assert list(pool.map(lambda batch: captions_of(model, batch), batches)) == expected
-
-
 def test_threads_have_models_of_their_own_on_the_same_weights(folder: Path) -> None:
     """Since a Qwen-VL keeps the positions of the batch that it is writing about."""
     captioner: Any = load(folder / "qwen2_vl", max_new_tokens=2)
@@ -223,19 +216,8 @@ def test_threads_have_models_of_their_own_on_the_same_weights(folder: Path) -> N
     assert weights[0] == weights[1] == weights[2]
 
 
-def test_one_by_one_gives_the_same_in_the_same_order(model: ImageModel) -> None:
-    alone = [captions_of(model, [image])[0] for image in PHOTOS]
-    agree(captions_of(model), alone)
-    agree(captions_of(model, PHOTOS[::-1]), alone[::-1])
-
-
 def test_batches_beyond_what_a_cpu_takes_at_once(model: ImageModel) -> None:
     agree(captions_of(model, PHOTOS * 3), captions_of(model) * 3)
-
-
-def test_empty_batch(model: ImageModel) -> None:
-    is_list = model.preprocessing.fit == "contain"
-    assert model.encode_images([] if is_list else np.empty((0, 3, 32, 32), np.uint8)).captions == []
 
 
 @pytest.mark.parametrize("name", SQUARES, indirect=True)
