@@ -418,12 +418,20 @@ def test_missing_weights_and_packages(folder: Path, tmp_path: Path, monkeypatch:
         load(folder / "smolvlm")
 
 
-def test_code_of_a_repository(folder: Path, tmp_path: Path) -> None:
-    path = copied("llava", folder, tmp_path)
-    edit(path / "config.json", model_type="someones_vlm", auto_map={"AutoModelForImageTextToText": "code.Model"})
+def test_code_of_a_repository(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = copied("smolvlm", folder, tmp_path)
+    own = {"AutoConfig": "code.Config", "AutoModelForImageTextToText": "code.Model"}
+    edit(path / "config.json", model_type="someones_vlm", auto_map=own)
+    (path / "code.py").write_text(
+        "from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration\n"
+        "class Config(SmolVLMConfig):\n    model_type = 'someones_vlm'\n"
+        "class Model(SmolVLMForConditionalGeneration):\n    config_class = Config\n"
+    )
     with pytest.raises(ValueError, match="runs code that lies in its repository; .*--trust_remote_code"):
         describe_model(f"hf:{path}")
-    assert describe_model(f"hf:{path}", replace(CPU, trust_remote_code=True)).produces == {"caption"}
+    trusted = load(path, trust_remote_code=True, max_new_tokens=5)
+    assert texts_of(trusted) == texts_of(load(folder / "smolvlm", max_new_tokens=5))
     path = copied("florence2", folder, tmp_path)
     edit(
         path / "config.json", auto_map={"AutoModelForCausalLM": "modeling_florence2.Florence2ForConditionalGeneration"}
