@@ -9,6 +9,7 @@ Weights are safetensors, or what `torch.load(weights_only=True)` reads; files of
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -16,6 +17,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -115,7 +117,15 @@ def fetch_repository(spec: str, directory: Path, with_code: bool = False) -> str
     if not (directory / "config.json").is_file():
         _download(repo, commit, [name for name in names if name != "config.json"], directory)
         _download(repo, commit, ["config.json"], directory)
+        tidy(directory)
     return full_spec
+
+
+def tidy(directory: Path) -> None:
+    """Deletes what huggingface_hub notes beside files while it fetches them."""
+    shutil.rmtree(directory / ".cache" / "huggingface", ignore_errors=True)
+    with contextlib.suppress(OSError):  # somebody else's cache is there, too
+        (directory / ".cache").rmdir()
 
 
 def download(repo: str, choose: Choice, directory: Path) -> None:
@@ -352,7 +362,7 @@ def _explanation(error: Exception, repo: str, revision: str | None, place: Path 
         return f"cannot fetch model {spec!r}: {place} cannot be written to ({error}); set HF_HOME to a folder that can"
     if place:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        return f"the download of model {spec!r} from {hub} broke off ({reason}); try again, and it goes on where it stopped"
+        return f"the download of model {spec!r} from {hub} broke off ({reason}); try again, and it goes on with what is missing"
     why = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"{hub} cannot be reached"
     state = "is in the local Hugging Face cache in part only"
     if _snapshot(repo, revision) is None:

@@ -145,6 +145,7 @@ def fetch(spec: str, directory: Path, settings: ModelSettings) -> str | None:
         scratch = directory / f"{CONFIG}.making"
         scratch.write_text(json.dumps(config, indent=2), encoding="utf-8")
         scratch.replace(directory / CONFIG)  # what is broken off before is no model yet
+        hub.tidy(directory)
     return f"open_clip:{directory.resolve()}"
 
 
