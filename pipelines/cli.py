@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "measure a model on images with captions or labels",
     "train": "train a model on images with captions",
     "inspect": "say what is in a catalog",
+    "doctor": "say whether this machine is ready for a run",
     "fetch-model": "fetch a model beforehand, for machines without network",
 }
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130

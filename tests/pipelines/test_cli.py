@@ -60,7 +60,7 @@ def test_looking_back_loads_no_torch(toy_catalog: Path) -> None:
 def test_unknown_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["biuld"]) == 2
     assert (
-        "unknown command 'biuld'; the commands are build, retry, history, rollback, clean, index, tag, search, export, score, evaluate, train, inspect"
+        "unknown command 'biuld'; the commands are build, retry, history, rollback, clean, index, tag, search, export, score, evaluate, train, inspect, doctor"
         in capsys.readouterr().err
     )
 

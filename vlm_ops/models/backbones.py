@@ -1,4 +1,4 @@
-"""Runs a torch backbone as a model of the contract: through ONNX Runtime on a CPU, through torch on CUDA.
+"""Runs a torch backbone as a model of the contract: through ONNX Runtime or through torch, as the settings say.
 
 Shared by the families whose models are torch modules: `hf`, `torchvision`, fine-tuned directories. They say
 how a module is loaded; where its graph is in the cache already, it never is, and nothing here imports torch.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,17 +18,24 @@ from typing import Any
 import numpy as np
 
 from vlm_ops.models import ImageBackbone, ImageEncoding, ModelInfo, TextBackbone, Tokenizer
-from vlm_ops.models.onnx_engine import OnnxEngine, cached_file, export
-from vlm_ops.models.settings import ModelSettings
+from vlm_ops.models.onnx_engine import OnnxEngine, cached_file, export, quantise
+from vlm_ops.models.settings import CPU, ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 
-# Small: a batch whose activations stay in the cache is up to twice as fast a image as one of 32.
+# Small: a batch whose activations stay in the cache is up to twice as fast an image as one of 32, and no model, engine or
+# dtype is more than 8 % faster with another size (docs/decisions/0013-engines-and-precision.md).
 _CPU_BATCH = 4
+# In int8 one by one: activations share a scale, so that an image's numbers would depend on its neighbours.
+_INT8_BATCH = 1
+# Of float32 and int8 features of noise; below, the model does not bear it.
+_LEAST_COSINE = 0.95
 _TEXT_BATCH = 64
 # What a backbone gives of an image, and where an encoding holds it.
 FIELDS = {"features": "features", "grid": "grid", "labels": "probabilities", "embedding": "embeddings"}
+# The norm, L2 or L1, that rows of these have. Where it was computed in half precision, it is a little off.
+_UNIT_NORMS = {"embedding": 2, "labels": 1}
 
 Arrays = Mapping[str, np.ndarray]
 Forward = Callable[[Arrays], Sequence[np.ndarray]]
@@ -59,7 +66,8 @@ class BackboneImageModel:
         self.label_names = label_names
         made = tuple(name for name in FIELDS if name in info.produces)
         self._names = tuple(name for name in made if name in outputs)
-        self._batch_size = _CPU_BATCH if settings.is_cpu else None
+        self._batch_size = None if not settings.is_cpu else _INT8_BATCH if settings.dtype == "int8" else _CPU_BATCH
+        self._is_exact = settings.dtype == "float32"
         if not self._names:  # wanted for its preprocessing alone
             return
         noise = np.random.default_rng(0).integers(0, 256, (2, 3, preprocessing.size, preprocessing.size), np.uint8)
@@ -84,7 +92,10 @@ class BackboneImageModel:
         step = self._batch_size or len(pixels)
         chunks = [np.ascontiguousarray(pixels[start : start + step]) for start in range(0, len(pixels), step)]
         outputs = zip(*(self._forward({"pixels": chunk}) for chunk in chunks), strict=True)
-        return {FIELDS[name]: np.concatenate(parts) for name, parts in zip(self._names, outputs, strict=True)}
+        arrays = {name: np.concatenate(parts) for name, parts in zip(self._names, outputs, strict=True)}
+        for name in arrays.keys() & _UNIT_NORMS.keys() if not self._is_exact else ():
+            arrays[name] /= np.linalg.norm(arrays[name], _UNIT_NORMS[name], axis=1, keepdims=True)
+        return {FIELDS[name]: array for name, array in arrays.items()}
 
 
 class BackboneTextModel:
@@ -93,7 +104,7 @@ class BackboneTextModel:
     Args:
         info: Graphs are cached by its family and revision.
         load: Gives the backbone; one that is at hand goes as `lambda: backbone`.
-        settings: How to run it, resolved.
+        settings: How to run it, resolved. int8 and compiling are for images.
     """
 
     def __init__(
@@ -111,7 +122,7 @@ class BackboneTextModel:
             load,
             tokenize(["a dog runs", "two black dogs are running through the snow"]),
             {"ids": dims, "mask": dims},
-            settings,
+            replace(settings, compile=False, dtype="float32" if settings.dtype == "int8" else settings.dtype),
         )
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -154,23 +165,46 @@ def make_forward(
 
     Args:
         name: Of the cached graph.
-        load: Gives the module: tensors, in the order of `example` -> a tensor or a tuple of them.
+        load: Gives the module: tensors, in the order of `example` -> a tensor or a tuple of them. Torch takes it over
+            (see `TorchEngine`).
         example: Inputs by name; each dynamic dimension larger than 1.
         dynamic_dims: As for `onnx_engine.export`.
-        settings: Resolved. Where ONNX Runtime is the engine, a module that cannot be exported runs through torch, and a line is
-            logged.
+        settings: Resolved. Where ONNX Runtime is the engine without having been asked for, a module that cannot be
+            exported runs through torch, and a line is logged.
         outputs: Which of the module's tensors are wanted; the graph holds all of them, and computes these.
+
+    Raises:
+        ValueError: The module cannot be exported, and ONNX Runtime was asked for, or int8; or it does not bear int8; or
+            it cannot be compiled here.
     """
     if settings.engine == "torch":
-        return _TorchForward(load(), settings.device, outputs)
+        return _torch_forward(load(), settings, outputs, example)
+    graph = f"{name}-torch{version('torch')}"
     try:
-        path = cached_file(
-            f"{name}-torch{version('torch')}.onnx", lambda path: _export(load(), example, dynamic_dims, path)
-        )
+        path = cached_file(f"{graph}.onnx", lambda path: _export(load(), example, dynamic_dims, path))
     except _NotExportableError as error:
+        if settings.dtype == "int8" or not settings.may_run_by_torch:
+            asked = "--dtype int8" if settings.dtype == "int8" else "--engine onnxruntime"
+            raise ValueError(
+                f"{name} cannot be exported to ONNX, so that {asked} cannot be had ({error}); use --engine torch"
+            ) from error
         logger.warning("%s runs through torch, more slowly: it cannot be exported to ONNX: %s", name, error)
-        return _TorchForward(load(), settings.device, outputs)
+        return _torch_forward(load(), settings, outputs, example)
+    if settings.dtype == "int8":
+        float_path = path
+        path = cached_file(
+            f"{graph}-int8.ort{version('onnxruntime')}.onnx", lambda path: _quantise(name, float_path, example, path)
+        )
     return OnnxEngine(path, outputs).run
+
+
+def _torch_forward(module: Any, settings: ModelSettings, outputs: Sequence[int], example: Arrays) -> Forward:
+    from vlm_ops.models.torch_engine import TorchEngine
+
+    engine = TorchEngine(module, settings, outputs)
+    if settings.compile:
+        engine.compile(example)
+    return engine.run
 
 
 def sha256_of(path: Path) -> str:
@@ -187,28 +221,6 @@ def _sha256_of(path: str, modified_ns: int) -> str:
     return digest.hexdigest()
 
 
-class _TorchForward:
-    def __init__(self, module: Any, device: str, outputs: Sequence[int] | None = None) -> None:
-        import torch
-
-        self._torch = torch
-        self._device = device
-        self._outputs = outputs
-        self._module = module.eval().to(device, memory_format=torch.channels_last)
-        # One batch at a time on the device: other threads decode meanwhile.
-        self._lock = threading.Lock()
-
-    def __call__(self, inputs: Arrays) -> list[np.ndarray]:
-        tensors = [self._torch.from_numpy(array) for array in inputs.values()]
-        with self._lock, self._torch.inference_mode():
-            if self._device != "cpu":
-                tensors = [tensor.pin_memory().to(self._device, non_blocking=True) for tensor in tensors]
-            outputs = self._module(*tensors)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            wanted = range(len(outputs)) if self._outputs is None else self._outputs
-            return [outputs[number].cpu().numpy() for number in wanted]
-
-
 class _NotExportableError(Exception):
     """An architecture that the exporter or ONNX Runtime cannot take."""
 
@@ -217,16 +229,44 @@ def _export(module: Any, example: Arrays, dynamic_dims: Mapping[str, Mapping[int
     """Exports a module, and believes the graph only where it gives what the module gives."""
     import torch
 
-    one = {name: array[:1] for name, array in example.items()}
+    from vlm_ops.models.torch_engine import TorchEngine
+
+    one = _first_row(example)
     try:
         export(module, {name: torch.from_numpy(array) for name, array in example.items()}, dynamic_dims, path)
         actual = OnnxEngine(path).run(one)
     except Exception as error:  # the exporter and ONNX Runtime share no class of errors
         raise _NotExportableError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
-    for got, expected in zip(actual, _TorchForward(module, "cpu")(one), strict=True):
+    for got, expected in zip(actual, TorchEngine(module, CPU).run(one), strict=True):
         tolerance = 1e-3 * max(1.0, float(np.abs(expected).max()))
         if got.shape != expected.shape or not np.allclose(got, expected, atol=tolerance):
             raise _NotExportableError("the exported graph gives other values")
+    if len(list(path.parent.glob(f"{path.name}*"))) > 1:
+        raise _NotExportableError("its graph is larger than 2 GB")
+
+
+def _quantise(name: str, graph: Path, example: Arrays, path: Path) -> None:
+    """Quantises a graph, and believes the result only where its first output, on which the others rest, is near.
+
+    Raises:
+        ValueError: It is not, or there is nothing to quantise.
+    """
+    try:
+        quantise(graph, path)
+    except ValueError as error:
+        raise ValueError(f"{name} gains nothing by --dtype int8: {error}; leave it out") from error
+    one = _first_row(example)
+    exact, actual = (OnnxEngine(each, (0,)).run(one)[0].ravel() for each in (graph, path))
+    cosine = float(exact @ actual / (np.linalg.norm(exact) * np.linalg.norm(actual)))
+    if not cosine >= _LEAST_COSINE:
+        raise ValueError(
+            f"{name} does not bear --dtype int8: its features are too far from those in float32 (cosine {cosine:.3f} on "
+            f"noise, where {_LEAST_COSINE} is the least); use --dtype bfloat16 or float32"
+        )
+
+
+def _first_row(example: Arrays) -> dict[str, np.ndarray]:
+    return {name: array[:1] for name, array in example.items()}
 
 
 def _chosen(backbone: Any, names: Iterable[str]) -> Any:

@@ -6,6 +6,9 @@ Some of it decides about numbers. That part, as far as a person has asked for it
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -25,13 +28,15 @@ class ModelSettings:
     Attributes:
         device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (float32 on CPUs, bfloat16 on GPUs that compute in it), `float32`, `bfloat16`, `float16` or `int8`:
-            what the large matrix products and convolutions are computed in. Results are always float32.
+            what the large matrix products and convolutions are computed in. Results are always float32. int8 is for the
+            matrix products of image towers on CPUs; texts and captions stay in float32 beside it.
         engine: Of image and text towers: `auto`, `torch`, or `onnxruntime`, which runs on CPUs.
-        compile: Whether torch compiles the towers, which takes minutes once.
+        compile: Whether torch compiles the image towers, which takes minutes once a process.
         trust_remote_code: Whether code that lies in a model's repository may be run.
         caption_prompt: What a captioner is told; None: what its family is usually told.
         max_new_tokens: Of a caption; None: the family's.
         num_beams: Of the search for a caption; None: the family's.
+        may_run_by_torch: Whether torch takes what ONNX Runtime cannot. `resolved` says so where no engine was asked for.
     """
 
     device: str = "auto"
@@ -42,6 +47,7 @@ class ModelSettings:
     caption_prompt: str | None = None
     max_new_tokens: int | None = None
     num_beams: int | None = None
+    may_run_by_torch: bool = False
 
     @property
     def is_cpu(self) -> bool:
@@ -49,7 +55,7 @@ class ModelSettings:
 
 
 # The usual way on a CPU, resolved.
-CPU = ModelSettings(device="cpu", dtype="float32", engine="onnxruntime")
+CPU = ModelSettings(device="cpu", dtype="float32", engine="onnxruntime", may_run_by_torch=True)
 _DEFAULTS = ModelSettings()
 
 
@@ -76,7 +82,7 @@ def with_recorded(settings: ModelSettings, pairs: Iterable[tuple[str, Any]]) -> 
     if unknown := sorted(asked.keys() - names):
         raise ValueError(f"the recipe has the setting {unknown[0]!r}, which this version of beamsight does not know")
     kept = {name: getattr(_DEFAULTS, name) for name in (*_RECORDED, *CAPTION_SETTINGS)}
-    return replace(settings, **{**kept, **asked})
+    return replace(settings, may_run_by_torch=False, **{**kept, **asked})
 
 
 def resolved(settings: ModelSettings) -> ModelSettings:
@@ -93,13 +99,16 @@ def resolved(settings: ModelSettings) -> ModelSettings:
             raise ValueError("--dtype int8 is computed on CPUs; use bfloat16 or float16 on a GPU, or --device cpu")
         if settings.engine == "onnxruntime":
             raise ValueError("--engine onnxruntime runs on CPUs; use --engine torch on a GPU, or --device cpu")
-        if dtype == "bfloat16" and settings.dtype == "bfloat16" and not _has_bfloat16():
+        if dtype == "bfloat16" and settings.dtype == "bfloat16" and not _has_bfloat16(device):
             raise ValueError(f"the GPU {device} does not compute in bfloat16; use --dtype float16 or float32")
     elif dtype == "float16":
         raise ValueError("--dtype float16 is for GPUs; use bfloat16, int8 or float32 on a CPU")
+    if settings.compile and device == "cpu":
+        _check_compiler()
     by_torch = device != "cpu" or settings.compile or dtype == "bfloat16"
     engine = settings.engine if settings.engine != "auto" else ("torch" if by_torch else "onnxruntime")
-    return replace(settings, device=device, dtype=dtype, engine=engine)
+    may_run_by_torch = settings.may_run_by_torch or settings.engine == "auto"
+    return replace(settings, device=device, dtype=dtype, engine=engine, may_run_by_torch=may_run_by_torch)
 
 
 def check(settings: ModelSettings) -> None:
@@ -159,10 +168,21 @@ def _check_device_name(device: str) -> None:
 
 
 def _usual_dtype(device: str) -> str:
-    return "bfloat16" if device != "cpu" and _has_bfloat16() else "float32"
+    return "bfloat16" if device != "cpu" and _has_bfloat16(device) else "float32"
 
 
-def _has_bfloat16() -> bool:
+def _has_bfloat16(device: str) -> bool:
     import torch
 
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _check_compiler() -> None:
+    """torch compiles for CPUs by way of C++ (`cxx` in torch/_inductor/config.py)."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise ValueError(
+            f"--compile needs a C++ compiler on a CPU, and there is no {compiler!r} here; install one, name it in the "
+            "environment variable CXX, or leave out --compile"
+        )

@@ -156,10 +156,9 @@ def _class_names(weights: Any, num_classes: int) -> tuple[str, ...]:
 
 
 def _preprocessing(weights: Any) -> Preprocessing:
-    """Resizing is always bicubic here, whatever interpolation the weights were trained with."""
     transforms = weights.transforms()
     size, resized = transforms.crop_size[0], transforms.resize_size[0]
-    return Preprocessing(size, "cover", min(1.0, size / resized))
+    return Preprocessing(size, "cover", min(1.0, size / resized), transforms.interpolation.value)
 
 
 def _digest(weights: Any) -> str:
