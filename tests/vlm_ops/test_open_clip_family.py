@@ -291,7 +291,10 @@ def test_a_tag_is_fetched_and_kept(
     assert np.array_equal(load_image_model(spec, TORCH).encode_images(pixels).embeddings, vectors)
     if name != "bert":  # open_clip asks the network for a text tower's configuration
         by_hand(tmp_path / "fetched")
-    with pytest.raises(ValueError, match=f"no model 'hf:someone/{name}-weights': .* HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        ValueError,
+        match=f"no model '{tag}': .* HF_HUB_OFFLINE is set; .*fetch-model {tag} --to DIR`, and name open_clip:DIR",
+    ):
         describe_model(tag)
 
 

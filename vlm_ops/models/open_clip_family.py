@@ -132,15 +132,17 @@ def fetch(spec: str, directory: Path, settings: ModelSettings) -> str | None:
     if path.is_dir() or _weights_file(tag):
         _source(spec)
         return None
-    model, preprocess, repo, choose = _pretrained(spec, arch, tag)
+    model, preprocess, repository, choose = _pretrained(spec, arch, tag)
     hub.claim(directory, f"open_clip:{arch}/{tag}")
     if not (directory / CONFIG).is_file():
-        hub.download(repo, choose, directory)
+        hub.download(repository, choose, directory)
         text = model["text_cfg"]
         if "hf_tokenizer_name" in text:
-            hub.download(text["hf_tokenizer_name"], _tokenizer_files, directory)
+            hub.download(hub.Repository(text["hf_tokenizer_name"], spec), _tokenizer_files, directory)
         if "hf_model_name" in text:
-            hub.download(text["hf_model_name"], lambda names: ["config.json"], directory / _TEXT_TOWER)
+            hub.download(
+                hub.Repository(text["hf_model_name"], spec), lambda names: ["config.json"], directory / _TEXT_TOWER
+            )
         config = {"model_cfg": model, "preprocess_cfg": preprocess}
         scratch = directory / f"{CONFIG}.making"
         scratch.write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -234,8 +236,8 @@ def _source(spec: str) -> _Source:
     if file := _weights_file(tag):
         model = _architecture(spec, arch)
         return _Source(f"open_clip:{arch}/{file}", model, {}, file)
-    model, preprocess, repo, choose = _pretrained(spec, arch, tag)
-    weights = hub.find(repo, None, choose)
+    model, preprocess, repository, choose = _pretrained(spec, arch, tag)
+    weights = hub.find(repository, choose)
     return _Source(
         f"open_clip:{arch}/{tag}", model, preprocess, next(weights / name for name in choose(_names(weights)))
     )
@@ -264,7 +266,7 @@ def _architecture(spec: str, arch: str) -> dict[str, Any]:
     return model
 
 
-def _pretrained(spec: str, arch: str, tag: str) -> tuple[dict[str, Any], dict[str, Any], str, hub.Choice]:
+def _pretrained(spec: str, arch: str, tag: str) -> tuple[dict[str, Any], dict[str, Any], hub.Repository, hub.Choice]:
     """`model_cfg`, `preprocess_cfg`, and which files of which repository hold the weights."""
     model = _architecture(spec, arch)
     cfg = open_clip.get_pretrained_cfg(arch, tag)
@@ -277,7 +279,7 @@ def _pretrained(spec: str, arch: str, tag: str) -> tuple[dict[str, Any], dict[st
     if cfg.get("quick_gelu"):
         model["quick_gelu"] = True
     repo, _, name = cfg["hf_hub"].rpartition("/")
-    return model, merge_preprocess_dict({}, cfg), repo, partial(_weights_in, spec, name)
+    return model, merge_preprocess_dict({}, cfg), hub.Repository(repo, spec), partial(_weights_in, spec, name)
 
 
 def _weights_in(spec: str, name: str, names: Sequence[str]) -> list[str]:
@@ -359,14 +361,18 @@ def _tokenizer(source: _Source) -> Any:
 
 
 def _tokenizer_folder(source: _Source) -> Path:
-    return source.directory or hub.find(source.model["text_cfg"]["hf_tokenizer_name"], None, _tokenizer_files)
+    return source.directory or hub.find(_repository(source, "hf_tokenizer_name"), _tokenizer_files)
+
+
+def _repository(source: _Source, key: str) -> hub.Repository:
+    return hub.Repository(source.model["text_cfg"][key], source.spec)
 
 
 def _text_tower(source: _Source) -> Path | str:
     """Where the configuration of a text tower of transformers is."""
     if source.directory and (source.directory / _TEXT_TOWER / "config.json").is_file():
         return source.directory / _TEXT_TOWER
-    return hub.find(source.model["text_cfg"]["hf_model_name"], None, lambda names: ["config.json"])
+    return hub.find(_repository(source, "hf_model_name"), lambda names: ["config.json"])
 
 
 def _context_length(source: _Source) -> int:
