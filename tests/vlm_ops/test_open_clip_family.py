@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
             "text_cfg": TEXT,
         },
         {},
-        {"embeddings"},
+        {"features", "embeddings"},
     ),
     "bert": (
         {
@@ -199,6 +199,10 @@ def test_features_and_grid(directories: dict[str, Path]) -> None:
     torch.testing.assert_close(outputs["embedding"], torch.nn.functional.normalize(features @ projection, dim=-1))
     assert (backbone.feature_dim, backbone.grid_dim, backbone.embedding_dim) == (32, 32, 16)
     assert outputs["grid"].shape == (2, 16, 32)
+    resnet: Any = load_image_backbone(f"open_clip:{directories['resnet']}")
+    with torch.no_grad():
+        outputs = resnet(pixels)
+    torch.testing.assert_close(torch.nn.functional.normalize(outputs["features"], dim=-1), outputs["embedding"])
 
 
 def test_texts_are_trained_on_by_backbone_and_tokenizer(directories: dict[str, Path]) -> None:

@@ -4,8 +4,8 @@ PRETRAINED is a tag that open_clip knows for the architecture (`open_clip:ViT-B-
 fetched once into the Hugging Face cache, or the path of a file of weights. A directory holds `open_clip_config.json`,
 weights, and a tokenizer where the model has one of its own, as open_clip's repositories on the hub do.
 
-`embedding` is open_clip's own. `features` are what the image tower pools before its projection, `grid` the patch
-tokens, where the tower is of a kind that has them. Architecture by name and tag, preprocessing by `preprocess_cfg`, as
+`embedding` is open_clip's own. `features` are what the image tower pools before its projection, or, where pooling projects
+(ResNets), the embedding before it is normalised; `grid` are the patch tokens of open_clip's own transformers. Architecture by name and tag, preprocessing by `preprocess_cfg`, as
 in open_clip 3.3's factory.py, but for one thing: weights that were trained with QuickGELU are run with it.
 """
 
@@ -33,7 +33,9 @@ from vlm_ops.preprocessing import Preprocessing
 
 try:
     import open_clip
+    from open_clip.timm_model import TimmModel
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+    from open_clip.transformer import VisionTransformer
 except ImportError as error:
     raise ImportError(f"it needs open_clip_torch; pip install 'beamsight[open_clip]' ({error})") from error
 
@@ -171,14 +173,13 @@ class OpenClipImageBackbone(nn.Module):
         self.produces = produces
         if "grid" in produces:
             self.visual.output_tokens = True
-        if isinstance(self.visual, open_clip.transformer.VisionTransformer):
+        if isinstance(self.visual, VisionTransformer):
             self.projection, self.visual.proj = self.visual.proj, None
         with torch.no_grad():
             size = self.preprocessing.size
             outputs = self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         dims = {name: output.shape[-1] for name, output in outputs.items()}
-        self.feature_dim, self.grid_dim = dims.get("features", 0), dims.get("grid", 0)
-        self.embedding_dim = dims["embedding"]
+        self.feature_dim, self.grid_dim, self.embedding_dim = dims["features"], dims.get("grid", 0), dims["embedding"]
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = self._towers((pixels.float() / 255 - self.mean) / self.std)
@@ -186,15 +187,16 @@ class OpenClipImageBackbone(nn.Module):
         return {name: output for name, output in outputs.items() if name in self.produces}
 
     def _towers(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if hasattr(self, "projection"):
+        if isinstance(self.visual, VisionTransformer):
             output = self.visual(images)
             features, grid = output if isinstance(output, tuple) else (output, None)
             embedding = features if self.projection is None else features @ self.projection
             return {"features": features, "embedding": embedding} | ({} if grid is None else {"grid": grid})
-        if "features" in self.produces:
+        if isinstance(self.visual, TimmModel) and not hasattr(self.visual.head, "pool"):
             features = self.visual.trunk(images)
             return {"features": features, "embedding": self.visual.head(features)}
-        return {"embedding": self.visual(images)}
+        embedding = self.visual(images)
+        return {"features": embedding, "embedding": embedding}
 
 
 class OpenClipTextBackbone(nn.Module):
@@ -385,15 +387,9 @@ def _pad_id(tokenizer: Any) -> int:
 
 def _produces(vision: Mapping[str, Any]) -> frozenset[str]:
     """What an image tower gives, by its configuration."""
-    if "timm_model_name" in vision:
-        has_head = vision.get("timm_proj", "linear") in ("linear", "mlp")
-        pools_itself = vision.get("timm_pool", "avg") not in ("abs_attn", "rot_attn")
-        return frozenset({"features", "embedding"} if has_head and pools_itself else {"embedding"})
-    if isinstance(vision.get("layers", 12), list):
-        return frozenset({"embedding"})
-    if vision.get("attentional_pool"):
-        return frozenset({"features", "embedding"})
-    return frozenset({"features", "grid", "embedding"})
+    is_own_transformer = "timm_model_name" not in vision and not isinstance(vision.get("layers", 12), list)
+    has_tokens = is_own_transformer and not vision.get("attentional_pool")
+    return frozenset({"features", "embedding"} | ({"grid"} if has_tokens else set()))
 
 
 def _preprocess_cfg(source: _Source) -> PreprocessCfg:
