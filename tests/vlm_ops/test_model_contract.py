@@ -6,7 +6,6 @@ import io
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,9 @@ pytestmark = pytest.mark.usefixtures("_usual_models")
 # Families whose models are there already, and those of which one is made.
 _HERE = {"compact": "compact", "compact:conse": "compact:conse", "python": "python:tests.toys"}
 _TRAINED = {"dir": "compact:aligned"}
-_OPEN_CLIP = ("open_clip",) if find_spec("open_clip") else ()  # the extra of that name
-IMAGES = (*_HERE, *_TRAINED, "torchvision", *_OPEN_CLIP, *IMAGE_MODELS, *DUAL_ENCODERS)
-TEXT_SIDES = (*_HERE, *_TRAINED, "bert", *_OPEN_CLIP, *DUAL_ENCODERS)
-SPACES = (*_HERE, *_TRAINED, *_OPEN_CLIP, *DUAL_ENCODERS)
+IMAGES = (*_HERE, *_TRAINED, "torchvision", *IMAGE_MODELS, *DUAL_ENCODERS)
+TEXT_SIDES = (*_HERE, *_TRAINED, "bert", *DUAL_ENCODERS)
+SPACES = (*_HERE, *_TRAINED, *DUAL_ENCODERS)
 # Odd sizes, upright, lying, square and small; none is decoded at a reduced scale.
 PHOTOS = [photo(0, 97, 61), photo(1, 61, 150), photo(2, 45, 45), photo(3, 29, 33), photo(4, 130, 129)]
 
@@ -291,22 +289,6 @@ def test_dual_encoders_equal_transformers(name: str, spec_of: Callable[[str], st
     np.testing.assert_allclose(found["embeddings"], torch.nn.functional.normalize(images, dim=1), atol=1e-4)
     vectors = load_text_model(f"hf:{path}", CPU).encode_texts(TEXTS)
     np.testing.assert_allclose(vectors, torch.nn.functional.normalize(texts, dim=1), atol=1e-4)
-
-
-@pytest.mark.skipif(not _OPEN_CLIP, reason="needs open_clip_torch")
-def test_open_clip_equals_itself_by_hand(spec_of: Callable[[str], str]) -> None:
-    import open_clip
-
-    folder = spec_of("open_clip").replace("open_clip:", "local-dir:")
-    net, transform = open_clip.create_model_from_pretrained(folder)
-    tokenizer = open_clip.get_tokenizer(folder)
-    with torch.no_grad():
-        images = net.eval().encode_image(torch.stack([transform(image) for image in PHOTOS]), normalize=True)
-        texts = net.encode_text(tokenizer(TEXTS), normalize=True)
-    found = given(load_image_model(spec_of("open_clip"), CPU))["embeddings"]
-    print(np.abs(found - images.numpy()).max())
-    np.testing.assert_allclose(found, images, atol=1e-4)
-    np.testing.assert_allclose(load_text_model(spec_of("open_clip"), CPU).encode_texts(TEXTS), texts, atol=1e-4)
 
 
 def test_torchvision_equals_its_transforms(spec_of: Callable[[str], str]) -> None:

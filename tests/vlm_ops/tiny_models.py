@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,8 +144,6 @@ def make_model(name: str, path: Path) -> str:
     if name == "torchvision":
         torch.save(settled(get_model("resnet18", weights=None), 224).state_dict(), path / "weights.pth")
         return f"torchvision:resnet18:{path / 'weights.pth'}"
-    if name == "open_clip":
-        return _save_open_clip(path)
     if name in DUAL_ENCODERS:
         make, processor, length = DUAL_ENCODERS[name]
         net = make()
@@ -163,19 +160,6 @@ def make_model(name: str, path: Path) -> str:
     settled(net, read_preprocessing(processor).size).save_pretrained(path)
     processor.save_pretrained(path)
     return f"hf:{path}"
-
-
-def _save_open_clip(path: Path) -> str:
-    import open_clip
-
-    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
-    text = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
-    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
-    net = open_clip.CLIP(**config)
-    _enlarge(net)
-    torch.save(net.state_dict(), path / "open_clip_pytorch_model.bin")
-    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    return f"open_clip:{path}"
 
 
 def _enlarge(net: nn.Module) -> None:
