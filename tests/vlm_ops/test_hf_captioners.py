@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -201,30 +200,8 @@ def test_description(name: str, folder: Path, model: ImageModel) -> None:
     assert (form.size, form.fit == "contain") == ((32, False) if name in SQUARES else (1024, True))
 
 
-def test_same_batch_gives_the_same_from_any_thread(model: ImageModel) -> None:
-    expected = captions_of(model)
-    results: list[list[Caption]] = []
-    threads = [threading.Thread(target=lambda: results.append(captions_of(model))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [expected] * 3
-
-
-def test_one_by_one_gives_the_same_in_the_same_order(model: ImageModel) -> None:
-    alone = [captions_of(model, [image])[0] for image in PHOTOS]
-    agree(captions_of(model), alone)
-    agree(captions_of(model, PHOTOS[::-1]), alone[::-1])
-
-
 def test_batches_beyond_what_a_cpu_takes_at_once(model: ImageModel) -> None:
     agree(captions_of(model, PHOTOS * 3), captions_of(model) * 3)
-
-
-def test_empty_batch(model: ImageModel) -> None:
-    is_list = model.preprocessing.fit == "contain"
-    assert model.encode_images([] if is_list else np.empty((0, 3, 32, 32), np.uint8)).captions == []
 
 
 @pytest.mark.parametrize("name", SQUARES, indirect=True)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import tokenizers
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model
 
 from tests.conftest import photo
+from tests.vlm_ops import tiny_captioners
 from vlm_ops.models.hf_preprocessing import read_preprocessing
 
 VIT = {
@@ -144,6 +148,11 @@ def make_model(name: str, path: Path) -> str:
     if name == "torchvision":
         torch.save(settled(get_model("resnet18", weights=None), 224).state_dict(), path / "weights.pth")
         return f"torchvision:resnet18:{path / 'weights.pth'}"
+    if name in tiny_captioners.FAMILIES:
+        tiny_captioners.save(name, path)
+        return f"hf:{path}"
+    if name == "open_clip":
+        return _open_clip(path)
     if name in DUAL_ENCODERS:
         make, processor, length = DUAL_ENCODERS[name]
         net = make()
@@ -160,6 +169,17 @@ def make_model(name: str, path: Path) -> str:
     settled(net, read_preprocessing(processor).size).save_pretrained(path)
     processor.save_pretrained(path)
     return f"hf:{path}"
+
+
+def _open_clip(path: Path) -> str:
+    text = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    net = open_clip.create_model(f"local-dir:{path}", load_weights=False)
+    _enlarge(net)
+    save_file({name: value.contiguous() for name, value in net.state_dict().items()}, path / "model.safetensors")
+    return f"open_clip:{path}"
 
 
 def _enlarge(net: nn.Module) -> None:
