@@ -1,12 +1,13 @@
 """`open_clip:ARCH/PRETRAINED` or `open_clip:DIRECTORY`: the dual encoders of open_clip, where `open_clip_torch` is installed.
 
 PRETRAINED is a tag that open_clip knows for the architecture (`open_clip:ViT-B-32/laion2b_s34b_b79k`), whose weights are
-fetched once into the Hugging Face cache, or the path of a file of weights. A directory holds `open_clip_config.json`,
-weights, and a tokenizer where the model has one of its own, as open_clip's repositories on the hub do.
+fetched once into the Hugging Face cache, or the path of a file of weights, whose images are prepared in open_clip's
+usual way. A directory holds `open_clip_config.json`, weights, and a tokenizer where the model has one of its own, as
+open_clip's repositories on the hub do.
 
-`embedding` is open_clip's own. `features` are what the image tower pools before its projection, or, where pooling projects
-(ResNets), the embedding before it is normalised; `grid` are the patch tokens of open_clip's own transformers. Architecture by name and tag, preprocessing by `preprocess_cfg`, as
-in open_clip 3.3's factory.py, but for one thing: weights that were trained with QuickGELU are run with it.
+`embedding` is open_clip's own. `features` are what the image tower pools before its projection, or, where pooling
+projects (ResNets), the embedding before it is normalised; `grid` are the patch tokens of open_clip's own transformers.
+All is as in open_clip 3.3's factory.py, but for one thing: weights that were trained with QuickGELU are run with it.
 """
 
 from __future__ import annotations
