@@ -74,7 +74,7 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         "tqdm>=4.66",
-        "transformers>=4.48",
+        "transformers>=5.23",
     ],
     extras_require={
         "demo": DEMO,
