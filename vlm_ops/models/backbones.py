@@ -257,7 +257,7 @@ def _quantise(name: str, graph: Path, example: Arrays, path: Path) -> None:
         raise ValueError(f"{name} gains nothing by --dtype int8: {error}; leave it out") from error
     one = _first_row(example)
     exact, actual = (OnnxEngine(each, (0,)).run(one)[0].ravel() for each in (graph, path))
-    cosine = float(exact @ actual / (np.linalg.norm(exact) * np.linalg.norm(actual)))
+    cosine = float(exact @ actual / max(np.linalg.norm(exact) * np.linalg.norm(actual), 1e-12))
     if not cosine >= _LEAST_COSINE:
         raise ValueError(
             f"{name} does not bear --dtype int8: its features are too far from those in float32 (cosine {cosine:.3f} on "
