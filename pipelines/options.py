@@ -253,6 +253,29 @@ class InspectOptions(CatalogOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Flags of `beamsight doctor`; none is needed."""
+
+    catalog: str | None
+    model: tuple[str, ...]
+    input: tuple[str, ...]
+    load: bool
+    device: str
+    trust_remote_code: bool
+    json: bool
+    storage_options: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchModelOptions:
+    """Flags of `beamsight fetch-model`."""
+
+    model: str
+    to: str
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions(CatalogOptions):
     """Flags of `beamsight export`. `per` and `creator_type` are for `jsonld`, `sitemap_url` for `sitemap`,
     `product_field` and `titles` for `merchant`, `raw_texts` for `csv`."""
@@ -652,6 +675,44 @@ def parse_inspect(argv: Sequence[str]) -> InspectOptions:
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     _add_storage(parser)
     return InspectOptions(**vars(parser.parse_args(argv)))
+
+
+def parse_doctor(argv: Sequence[str]) -> DoctorOptions:
+    parser = _parser("doctor", "Says whether this machine is ready for a run: packages, processor, cards, disk, storage and models. "
+                     "Exits with 1 where something is a problem. Asks no network but the storage that is named, unless with --load.")  # fmt: skip
+    add = parser.add_argument
+    add("--catalog", metavar="DIR",
+        help="look also whether a catalog can be here, and whether the models of its recipe can be had")  # fmt: skip
+    add("--model", nargs="+", action="extend", default=[], metavar="SPEC",
+        help=f"look also for these models (default: those of the catalog, or {DEFAULT_MODEL})")  # fmt: skip
+    add("--input", nargs="+", action="extend", default=[], metavar="PATTERN",
+        help="look also whether these can be listed and read")  # fmt: skip
+    add("--load", action="store_true",
+        help="load the models, fetching those that are not there, and have each encode an image and a text")  # fmt: skip
+    _add_device(parser)
+    _add_trust(parser)
+    add("--json", action="store_true", help="as one JSON object")
+    _add_storage(parser)
+    args = parser.parse_args(argv)
+    return DoctorOptions(**{**vars(args), "model": tuple(args.model), "input": tuple(args.input)})
+
+
+def parse_fetch_model(argv: Sequence[str]) -> FetchModelOptions:
+    parser = _parser("fetch-model", "Fetches a model into a directory, and says by which spec it is used there.")
+    add = parser.add_argument
+    add("model", metavar="SPEC",
+        help="such as hf:google/siglip2-base-patch16-224, torchvision:resnet50 or open_clip:ViT-B-32/laion2b_s34b_b79k")  # fmt: skip
+    add(
+        "--to",
+        required=True,
+        metavar="DIR",
+        help="a new directory of this machine, or the one that an earlier try has begun",
+    )
+    add("--trust_remote_code", action="store_true", help="fetch the Python code of a hf: repository too")
+    args = parser.parse_args(argv)
+    if "://" in args.to:
+        parser.error(f"argument --to: must be a directory of this machine, got {args.to!r}")
+    return FetchModelOptions(**vars(args))
 
 
 # What becomes of rows that need review unless a flag says otherwise: files for people and programs hold them, with the column

@@ -18,12 +18,15 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+import transformers
 
 
 class FakeHub:
     """Attributes:
     requests: The paths that were asked for, in order.
     refuses: Status and headers of the answer to whatever is asked, while there is one.
+    refuses_files: The same for files alone.
     cut: A file whose content breaks off after its first bytes.
     token: What `Authorization: Bearer` must be, where one is asked for.
     """
@@ -31,6 +34,7 @@ class FakeHub:
     def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.requests: list[str] = []
         self.refuses: tuple[int, dict[str, str]] | None = None
+        self.refuses_files: tuple[int, dict[str, str]] | None = None
         self.cut: str | None = None
         self.token: str | None = None
         self.cache = cache
@@ -78,6 +82,8 @@ class FakeHub:
             return 401, {"X-Error-Message": "Invalid username or password."}, b""
         if parts[:2] == ["api", "models"]:
             return self._answer_api("/".join(parts[2:4]), parts[4:])
+        if self.refuses_files:
+            return self.refuses_files[0], self.refuses_files[1], b""
         repo, (_, revision, *name) = "/".join(parts[:2]), parts[2:]
         commit = self._refs[repo, revision]
         content = self._files[repo, commit]["/".join(name)]
@@ -97,6 +103,17 @@ class FakeHub:
                 for name, content in files.items()
             ]
         return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+
+
+def save_tiny(folder: Path, seed: int = 0, **options: object) -> Path:
+    """A vision transformer of 5,000 parameters with its image processor, as `save_pretrained` writes them."""
+    torch.manual_seed(seed)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(folder, **options)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
 
 
 def _etag(content: bytes) -> str:

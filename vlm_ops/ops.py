@@ -154,7 +154,7 @@ class LabelsOp(ModelOp):
 
 
 class CaptionOp(ModelOp):
-    """A generated sentence."""
+    """A generated sentence; null where the model has written nothing."""
 
     name = capability = "caption"
     columns = op_columns("caption")
@@ -162,10 +162,11 @@ class CaptionOp(ModelOp):
     def __call__(self, batch: ImageBatch) -> dict[str, pa.Array]:
         captions = batch.encoding(self.model).captions
         assert captions is not None
+        said = [each if each.text else None for each in captions]  # a model may end before its first word
         return {
-            "caption": pa.array([each.text for each in captions], pa.string()),
-            "caption_source": pa.array([each.source for each in captions], pa.string()),
-            "caption_score": pa.array([each.score for each in captions], pa.float32()),
+            "caption": pa.array([each and each.text for each in said], pa.string()),
+            "caption_source": pa.array([each and each.source for each in said], pa.string()),
+            "caption_score": pa.array([each and each.score for each in said], pa.float32()),
         }
 
 

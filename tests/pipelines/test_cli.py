@@ -22,7 +22,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_also_a_module(command: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", f"pipelines.{command}", "--help"],
+        [sys.executable, "-m", "pipelines." + command.replace("-", "_"), "--help"],
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert f"usage: beamsight {command}" in done.stdout
@@ -60,7 +60,7 @@ def test_looking_back_loads_no_torch(toy_catalog: Path) -> None:
 def test_unknown_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["biuld"]) == 2
     assert (
-        "unknown command 'biuld'; the commands are build, retry, history, rollback, clean, index, tag, search, export, score, evaluate, train, inspect"
+        "unknown command 'biuld'; the commands are build, retry, history, rollback, clean, index, tag, search, export, score, evaluate, train, inspect, doctor"
         in capsys.readouterr().err
     )
 

@@ -6,132 +6,45 @@ import copy
 import json
 import logging
 import shutil
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model, get_model_weights
 
 from tests.conftest import photo
+from tests.vlm_ops.tiny_models import IMAGE_MODELS, TEXTS, VIT, arrays, close, make_model, pictures, pixels_of, settled
 from vlm_ops.images import preprocess
 from vlm_ops.models import (
-    ImageModel,
     ModelInfo,
     backbones,
     describe_model,
     load_image_backbone,
     load_image_model,
-    load_text_backbone,
     load_text_model,
-    load_tokenizer,
     torchvision_family,
 )
 from vlm_ops.models.backbones import BackboneImageModel
 from vlm_ops.models.hf_preprocessing import read_preprocessing
-from vlm_ops.models.settings import CPU, ModelSettings, resolved
+from vlm_ops.models.settings import CPU, resolved
 from vlm_ops.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-_VIT = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 32,
-    "patch_size": 8,
-}
-# ResNet-50's layout, and the others in small; with each, an image processor of the kind that it is published with.
-IMAGE_MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
-    "resnet": (
-        lambda: transformers.ResNetModel(
-            transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 16, 24, 32], depths=[3, 4, 6, 3])
-        ),
-        transformers.BitImageProcessor(size={"shortest_edge": 73}, crop_size={"height": 64, "width": 64}),
-    ),
-    "convnext": (
-        lambda: transformers.ConvNextModel(
-            transformers.ConvNextConfig(hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 2, 1], layer_scale_init_value=1.0)
-        ),
-        transformers.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
-    ),
-    "vit": (
-        lambda: transformers.ViTModel(transformers.ViTConfig(**_VIT)),
-        transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
-    ),
-    "dinov2": (
-        lambda: transformers.Dinov2Model(transformers.Dinov2Config(**{**_VIT, "image_size": 64})),
-        transformers.BitImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}),
-    ),
-}
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "a",
-    "black",
-    "dog",
-    "run",
-    "##s",
-    "through",
-    "the",
-    "snow",
-    "two",
-    "##dogs",
-]
-TEXTS = ["a black dog runs", "snow", "two dogs run through the snow", "", "a dog " * 20, "snow"]
-
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    torch.manual_seed(0)
-    paths = {}
-    for kind, (make, processor) in IMAGE_MODELS.items():
-        paths[kind] = tmp_path_factory.mktemp(kind)
-        settled(make(), read_preprocessing(processor).size).save_pretrained(paths[kind])
-        processor.save_pretrained(paths[kind])
-    paths["bert"] = tmp_path_factory.mktemp("bert")
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    transformers.BertModel(config).save_pretrained(paths["bert"])
-    save_tokenizer(paths["bert"])
-    return paths
-
-
-def settled(net: Any, size: int) -> Any:
-    """The network in evaluation mode, with statistics of images in its batch norms: without them, a random network
-    gives nearly the same for every image."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        net.train()(torch.randn(8, 3, size, size))
-    return net.eval()
-
-
-def save_tokenizer(path: Path) -> None:
-    """A WordPiece tokenizer of WORDS, which cuts at 12 tokens."""
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
-    )
-    words.normalizer = tokenizers.normalizers.BertNormalizer()
-    words.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    words.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=12
-    ).save_pretrained(path)
+    folder = tmp_path_factory.mktemp("models")
+    for kind in (*IMAGE_MODELS, "bert"):
+        make_model(kind, folder / kind)
+    return {path.name: path for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -144,131 +57,12 @@ def resnet18(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]
     return net, path
 
 
-@pytest.fixture(scope="module", params=["resnet", "dinov2", "torchvision"])
-def spec(request: pytest.FixtureRequest, directories: dict[str, Path], resnet18: tuple[nn.Module, Path]) -> str:
-    if request.param == "torchvision":
-        return f"torchvision:resnet18:{resnet18[1]}"
-    return f"hf:{directories[request.param]}"
-
-
-@pytest.fixture(scope="module")
-def model(spec: str) -> ImageModel:
-    return load_image_model(spec, CPU)
-
-
-@pytest.fixture(scope="module")
-def backbone(spec: str) -> Any:
-    return load_image_backbone(spec)
-
-
-def pictures(size: int, n: int) -> list[Image.Image]:
-    return [photo(seed, size, size) for seed in range(n)]
-
-
-def pixels_of(images: Sequence[Image.Image]) -> np.ndarray:
-    return np.stack([np.array(image).transpose(2, 0, 1) for image in images])
-
-
-def close(actual: Any, desired: Any) -> None:
-    """To 1e-4 of the largest value: those of random networks are not of order 1."""
-    np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-4 * max(1.0, float(np.abs(np.asarray(desired)).max())))
-
-
-def arrays(encoding: Any) -> dict[str, np.ndarray]:
-    return {name: array for name, array in vars(encoding).items() if array is not None}
-
-
-# --- the contract ---------------------------------------------------------------------------------
-
-
-def test_shapes(spec: str, model: ImageModel, backbone: Any) -> None:
-    encoding = model.encode_images(pixels_of(pictures(model.preprocessing.size, 3)))
-    assert encoding.features.shape == (3, backbone.feature_dim)
-    assert encoding.grid.shape[::2] == (3, backbone.grid_dim) and encoding.grid.shape[1] > 1
-    assert encoding.features.dtype == encoding.grid.dtype == np.float32
-    assert model.info == describe_model(spec) and not model.info.encodes_text
-    assert model.preprocessing == backbone.preprocessing
-    assert backbone.embedding_dim == 0 and encoding.embeddings is None
-
-
-def test_same_batch_gives_the_same_bits_from_any_thread(model: ImageModel) -> None:
-    pixels = pixels_of(pictures(model.preprocessing.size, 6))
-    expected = arrays(model.encode_images(pixels))
-    results: list[dict[str, np.ndarray]] = []
-    threads = [threading.Thread(target=lambda: results.append(arrays(model.encode_images(pixels)))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 3
-    assert all(np.array_equal(each[name], expected[name]) for each in results for name in expected)
-
-
-def test_one_by_one_gives_the_same_in_the_same_order(model: ImageModel) -> None:
-    pixels = pixels_of(pictures(model.preprocessing.size, 5))
-    together = arrays(model.encode_images(pixels))
-    alone = [arrays(model.encode_images(pixels[i : i + 1])) for i in range(5)]
-    for name, array in together.items():
-        close(array, np.concatenate([each[name] for each in alone]))
-    assert np.abs(together["features"][0] - together["features"][1]).max() > 1e-3
-
-
-def test_empty_batch(model: ImageModel) -> None:
-    size = model.preprocessing.size
-    one = arrays(model.encode_images(pixels_of(pictures(size, 1))))
-    none = arrays(model.encode_images(np.empty((0, 3, size, size), np.uint8)))
-    assert {name: array.shape for name, array in none.items()} == {
-        name: (0, *array.shape[1:]) for name, array in one.items()
-    }
-
-
-def test_engine_equals_the_torch_module(model: ImageModel, backbone: Any) -> None:
-    pixels = pixels_of(pictures(model.preprocessing.size, 5))
-    with torch.no_grad():
-        expected = backbone(torch.from_numpy(pixels))
-    encoding = model.encode_images(pixels)
-    close(encoding.features, expected["features"])
-    close(encoding.grid, expected["grid"])
-
-
-@pytest.mark.gpu
-def test_cuda_equals_the_cpu(spec: str, model: ImageModel) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    pixels = pixels_of(pictures(model.preprocessing.size, 9))
-    on_cuda = load_image_model(spec, ModelSettings(device="cuda")).encode_images(pixels)
-    np.testing.assert_allclose(on_cuda.features, model.encode_images(pixels).features, atol=1e-2)
-
-
-def test_backbone_can_be_trained(backbone: Any) -> None:
-    assert not backbone.training
-    pixels = torch.from_numpy(pixels_of(pictures(backbone.preprocessing.size, 2)))
-    backbone(pixels)["features"].square().sum().backward()
-    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in backbone.parameters())
-
-
 # --- hf: images -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", IMAGE_MODELS)
-def test_images_equal_transformers(kind: str, directories: dict[str, Path]) -> None:
-    path = directories[kind]
-    backbone = load_image_backbone(f"hf:{path}")
-    images = pictures(backbone.preprocessing.size, 3)
-    processor = transformers.AutoImageProcessor.from_pretrained(path)
-    inputs = processor(images, do_resize=False, do_center_crop=False, return_tensors="pt")
-    with torch.no_grad():
-        output = transformers.AutoModel.from_pretrained(path).eval()(**inputs)
-        actual = backbone(torch.from_numpy(pixels_of(images)))
-    hidden = output.last_hidden_state
-    grid = hidden.flatten(2).transpose(1, 2) if kind in ("resnet", "convnext") else hidden[:, 1:]
-    close(actual["features"], output.pooler_output.flatten(1))
-    close(actual["grid"], grid)
 
 
 def test_classifier_checkpoint_has_no_pooler(tmp_path: Path) -> None:
     """Its features are the class token, and not what a random pooler makes of it; half precision is widened."""
-    net = transformers.ViTForImageClassification(transformers.ViTConfig(**_VIT)).to(torch.bfloat16)
+    net = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)).to(torch.bfloat16)
     net.save_pretrained(tmp_path)
     IMAGE_MODELS["vit"][1].save_pretrained(tmp_path)
     pixels = torch.from_numpy(pixels_of(pictures(32, 2)))
@@ -280,7 +74,7 @@ def test_classifier_checkpoint_has_no_pooler(tmp_path: Path) -> None:
 
 
 def test_register_tokens_are_not_in_the_grid(tmp_path: Path) -> None:
-    config = transformers.Dinov2WithRegistersConfig(**_VIT, num_register_tokens=4)
+    config = transformers.Dinov2WithRegistersConfig(**VIT, num_register_tokens=4)
     transformers.Dinov2WithRegistersModel(config).save_pretrained(tmp_path)
     IMAGE_MODELS["vit"][1].save_pretrained(tmp_path)
     backbone: Any = load_image_backbone(f"hf:{tmp_path}")
@@ -340,42 +134,6 @@ def test_texts_equal_transformers(directories: dict[str, Path]) -> None:
     close(model.encode_texts(TEXTS), torch.stack(expected))
 
 
-def test_text_contract(directories: dict[str, Path]) -> None:
-    spec = f"hf:{directories['bert']}"
-    model = load_text_model(spec, CPU)
-    vectors = model.encode_texts(TEXTS)
-    assert vectors.shape == (len(TEXTS), 16) and vectors.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    assert np.array_equal(vectors, model.encode_texts(TEXTS))
-    close(vectors, np.concatenate([model.encode_texts([text]) for text in TEXTS]))
-    assert model.encode_texts([]).shape == (0, 16)
-    assert model.info == describe_model(spec) == ModelInfo(spec, model.info.revision, frozenset(), True)
-
-
-def test_text_engine_equals_the_torch_module(directories: dict[str, Path]) -> None:
-    spec = f"hf:{directories['bert']}"
-    backbone = load_text_backbone(spec)
-    tokens = load_tokenizer(spec)(TEXTS)
-    assert tokens["ids"].shape == tokens["mask"].shape == (len(TEXTS), 12)
-    assert tokens["mask"].sum(1).tolist() == [7, 3, 9, 2, 12, 3]
-    with torch.no_grad():
-        expected = backbone(*map(torch.from_numpy, tokens.values()))
-    assert expected.shape[1] == backbone.text_dim
-    close(load_text_model(spec, CPU).encode_texts(TEXTS), expected)
-
-
-def test_threads_share_a_text_model(directories: dict[str, Path]) -> None:
-    model = load_text_model(f"hf:{directories['bert']}", CPU)
-    expected = model.encode_texts(TEXTS)
-    results: list[np.ndarray] = []
-    threads = [threading.Thread(target=lambda: results.append(model.encode_texts(TEXTS))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 4 and all(np.array_equal(each, expected) for each in results)
-
-
 # --- hf: specs ------------------------------------------------------------------------------------
 
 
@@ -395,7 +153,7 @@ def test_revision_changes_with_weights_and_settings(directories: dict[str, Path]
     settings = json.loads((copy / "preprocessor_config.json").read_text())
     (copy / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0.4, 0.4, 0.4]}))
     revisions.append(describe_model(f"hf:{copy}").revision)
-    transformers.ViTModel(transformers.ViTConfig(**_VIT)).save_pretrained(copy)
+    transformers.ViTModel(transformers.ViTConfig(**VIT)).save_pretrained(copy)
     revisions.append(describe_model(f"hf:{copy}").revision)
     assert len(set(revisions)) == 3
 
@@ -462,7 +220,7 @@ def test_sides_that_are_not_there(directories: dict[str, Path], tmp_path: Path) 
     ("processor", "message"),
     [
         (transformers.ViTImageProcessor(size={"height": 20, "width": 30}), "does not resize every image to one square"),
-        (transformers.MobileViTImageProcessor(), "does more to an image than to resize and to crop it"),
+        (transformers.MobileViTImageProcessor(), "does more to the pixels than to rescale and normalise them"),
         (
             transformers.BitImageProcessor(do_center_crop=False),
             "keeps the aspect ratio of every image; give it a crop_size",
@@ -491,7 +249,7 @@ def test_torchvision_equals_the_classifier(resnet18: tuple[nn.Module, Path]) -> 
     model = load_image_model(f"torchvision:resnet18:{path}", CPU)
     categories = get_model_weights("resnet18")["DEFAULT"].meta["categories"]
     assert list(model.label_names) == categories
-    assert model.preprocessing == Preprocessing(224, "cover", 224 / 256)
+    assert model.preprocessing == Preprocessing(224, "cover", 224 / 256, "bilinear")
     pixels = pixels_of(pictures(224, 3))
     encoding = model.encode_images(pixels)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

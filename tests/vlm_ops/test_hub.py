@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 
-from tests.hubs import FakeHub
+from tests.hubs import FakeHub, save_tiny
 from vlm_ops.models import describe_model, hub, load_image_backbone
 
 SPEC = "hf:someone/tiny"
@@ -22,16 +21,6 @@ OTHER_FILES = (
     "onnx/model.onnx", "onnx/config.json", "modeling_tiny.py", "model.fp16.safetensors", "optimizer.pt",
 )  # fmt: skip
 MODEL_FILES = {"config.json", "model.safetensors", "preprocessor_config.json"}
-
-
-def save_tiny(folder: Path, seed: int = 0, **options: object) -> Path:
-    torch.manual_seed(seed)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
-    )
-    transformers.ViTModel(config).save_pretrained(folder, **options)
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +182,26 @@ def test_a_hub_that_refuses(server: FakeHub, tiny: Path, status: int, headers: d
         hub.locate(SPEC)
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [
+        (403, {"X-Error-Code": "GatedRepo"}, "{url}/someone/tiny is gated; accept its conditions there, and set HF_TOKEN"),
+        (403, {}, "{url} refuses access .403.; set HF_TOKEN to a token that may read it"),
+        (500, {}, "{url} answers 500; try again later"),
+    ],
+    ids=["gated", "forbidden", "down"],
+)  # fmt: skip
+def test_a_hub_that_shows_a_repository_and_refuses_its_files(
+    server: FakeHub, tiny: Path, status: int, headers: dict[str, str], message: str
+) -> None:
+    server.publish("someone/tiny", tiny)
+    server.refuses_files = status, headers
+    with pytest.raises(ValueError, match=f"^cannot fetch model 'hf:someone/tiny': {message.format(url=server.url)}"):
+        hub.locate(SPEC)
+    server.refuses_files = None
+    assert names_in(hub.locate(SPEC)[0]) == MODEL_FILES
+
+
 def test_unknown_names(server: FakeHub, tiny: Path) -> None:
     server.publish("someone/tiny", tiny)
     with pytest.raises(ValueError, match="'someone/else' is no directory, and .* shows no such repository; check"):
@@ -279,7 +288,9 @@ def test_weights_of_another_name(tiny: Path, tmp_path: Path) -> None:
     """transformers reads them where config.json names them."""
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     (folder / "model.safetensors").rename(folder / "tiny.safetensors")
-    with pytest.raises(ValueError, match=r"there is no model.safetensors \(tiny.safetensors is none that transformers"):
+    with pytest.raises(
+        ValueError, match=r"there is no model.safetensors \(tiny.safetensors: no name that transformers"
+    ):
         hub.revision_of(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "tiny.safetensors"}))
@@ -298,17 +309,17 @@ def test_fetching_into_a_directory(server: FakeHub, repository: Path, tiny: Path
     folder = tmp_path / "models" / "tiny"
     server.cut = "model.safetensors"
     with pytest.raises(ValueError, match="broke off"):
-        hub.fetch(SPEC, folder)
+        hub.fetch_repository(SPEC, folder)
     assert not (folder / "config.json").exists()
     server.cut = None
-    assert hub.fetch(SPEC, folder) == f"{SPEC}@{commit}"
+    assert hub.fetch_repository(SPEC, folder) == f"{SPEC}@{commit}"
     assert {name for name in names_in(folder) if not name.startswith(".")} == MODEL_FILES | {"fetched.json"}
     assert hub.revision_of(folder) == hub.revision_of(tiny) and not server.cache.exists()
     server.requests.clear()
-    assert hub.fetch(SPEC, folder) == f"{SPEC}@{commit}"
+    assert hub.fetch_repository(SPEC, folder) == f"{SPEC}@{commit}"
     assert len(server.requests) == 1
     server.publish("someone/tiny", save_tiny(tmp_path / "newer", seed=1))
     with pytest.raises(ValueError, match=f"holds {SPEC}@{commit}, not {SPEC}@.*; name another directory, or delete it"):
-        hub.fetch(SPEC, folder)
+        hub.fetch_repository(SPEC, folder)
     with pytest.raises(ValueError, match="is there already and holds something else; name a new directory"):
-        hub.fetch(SPEC, tiny)
+        hub.fetch_repository(SPEC, tiny)

@@ -12,6 +12,11 @@ and, where its models can be trained on or trained further, three more, of which
     load_text_backbone(spec) -> TextBackbone
     load_tokenizer(spec) -> Tokenizer                          light: imports no torch
 
+and, where its models come from the network:
+
+    fetch(spec, directory, settings) -> str | None             puts a model into a directory, and gives the spec that it
+                                                               has there; None: it is on this machine already
+
 Specs are `family` or `family:argument`. A family of another package is named by its import path:
 `python:package.module` or `python:package.module:argument`.
 """
@@ -21,6 +26,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -36,6 +42,7 @@ _FAMILIES = {
     "compact-large": "vlm_ops.models.compact",
     "dir": "vlm_ops.models.directory",
     "hf": "vlm_ops.models.huggingface",
+    "open_clip": "vlm_ops.models.open_clip_family",
     "torchvision": "vlm_ops.models.torchvision_family",
 }
 
@@ -196,6 +203,7 @@ class _Family(Protocol):
     def load_image_backbone(self, spec: str) -> ImageBackbone: ...
     def load_text_backbone(self, spec: str) -> TextBackbone: ...
     def load_tokenizer(self, spec: str) -> Tokenizer: ...
+    def fetch(self, spec: str, directory: Path, settings: ModelSettings) -> str | None: ...
 
 
 def describe_model(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
@@ -244,6 +252,22 @@ def load_text_model(spec: str, settings: ModelSettings = CPU) -> TextModel:
     run = resolved(settings)
     require_text_side(spec, settings=run)
     return _family(spec).load_text_model(spec, run)
+
+
+def fetch_model(spec: str, directory: Path, settings: ModelSettings | None = None) -> str | None:
+    """Puts what a model needs into a directory, for machines without network.
+
+    Returns:
+        The spec that it has there; None where nothing needs to be fetched.
+
+    Raises:
+        ValueError: The spec is unknown, it cannot be fetched, or the directory holds something else.
+    """
+    family, settings = _family(spec), settings or ModelSettings()
+    if not hasattr(family, "fetch"):
+        family.describe(spec, settings)
+        return None
+    return family.fetch(spec, directory, settings)
 
 
 def load_image_backbone(spec: str) -> ImageBackbone:

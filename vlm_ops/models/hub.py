@@ -16,16 +16,20 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePath
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from vlm_ops.models.backbones import sha256_of
 
 logger = logging.getLogger(__name__)
 
-# The names of weights that transformers looks for, in its order (transformers 5.23, modeling_utils.py,
-# _get_resolved_checkpoint_files).
+# What transformers looks for, in its order (transformers 5.23, modeling_utils.py, _get_resolved_checkpoint_files).
+_WEIGHTS_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+# The same in a list of names, where no index can be read.
 _WEIGHTS = tuple(
     re.compile(pattern)
     for pattern in (
@@ -46,6 +50,8 @@ _SETTINGS = (
 )  # fmt: skip
 _ORIGIN = "fetched.json"
 
+Choice = Callable[[Sequence[str]], Sequence[str]]
+
 
 def locate(spec: str, with_code: bool = False) -> tuple[Path, str]:
     """The directory of a model, and the spec that means it everywhere: `hf:/full/path`, or `hf:REPO@` with the
@@ -60,21 +66,40 @@ def locate(spec: str, with_code: bool = False) -> tuple[Path, str]:
     Raises:
         ValueError: There is no such model, or it cannot be fetched from here.
     """
-    argument = spec.removeprefix("hf:")
-    path = Path(argument).expanduser()
-    if argument and os.path.isdir(path):
-        return path.resolve(), f"hf:{path.resolve()}"
-    from huggingface_hub import try_to_load_from_cache
-
+    if is_directory(spec):
+        path = Path(spec.removeprefix("hf:")).expanduser().resolve()
+        return path, f"hf:{path}"
     repo, revision = _repository(spec)
-    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
-    directory = Path(cached).parent if isinstance(cached, str) else None
-    if directory is None or not _is_whole(repo, directory, with_code):
-        directory = _fetch_into_cache(repo, directory.name if directory else revision, with_code)
+    directory = find(repo, revision, lambda names: _needed(names, repo, with_code), _BESIDES_WEIGHTS)
     return directory, f"hf:{repo}@{directory.name}"
 
 
-def fetch(spec: str, directory: Path, with_code: bool = False) -> str:
+def find(repo: str, revision: str | None, choose: Choice, besides: Sequence[str] = ()) -> Path:
+    """Where chosen files of a repository are: in the cache, into which they are fetched if one is missing there.
+
+    Args:
+        choose: Of the names of a repository's files, those that are needed; raises ValueError where something is lacking.
+        besides: What another program that has filled the cache may have left out: one of them at least is there.
+
+    Raises:
+        ValueError: There is no such repository, it cannot be fetched from here, or `choose` has raised it.
+    """
+    directory = _snapshot(repo, revision)
+    if directory is not None and _is_whole(repo, directory, choose, besides):
+        return directory
+    commit = directory.name if directory else revision
+    _, names = _list(repo, commit, choose)
+    logger.info("fetching hf:%s (once; kept in the Hugging Face cache)", repo)
+    return _download(repo, commit, names)
+
+
+def is_directory(spec: str) -> bool:
+    """Whether `hf:ARGUMENT` names a directory that is here."""
+    argument = spec.removeprefix("hf:")
+    return bool(argument) and os.path.isdir(Path(argument).expanduser())
+
+
+def fetch_repository(spec: str, directory: Path, with_code: bool = False) -> str:
     """Fetches a repository into a directory of its own, and gives the spec with the commit that it is of.
 
     The hub is asked which commit that is. `config.json` comes last, so that what was broken off is no model yet;
@@ -84,13 +109,23 @@ def fetch(spec: str, directory: Path, with_code: bool = False) -> str:
         ValueError: There is no such repository, it cannot be fetched from here, or the directory holds something else.
     """
     repo, revision = _repository(spec)
-    commit, names = _list(repo, revision, with_code)
+    commit, names = _list(repo, revision, lambda names: _needed(names, repo, with_code))
     full_spec = f"hf:{repo}@{commit}"
     claim(directory, full_spec)
     if not (directory / "config.json").is_file():
         _download(repo, commit, [name for name in names if name != "config.json"], directory)
         _download(repo, commit, ["config.json"], directory)
     return full_spec
+
+
+def download(repo: str, choose: Choice, directory: Path) -> None:
+    """Fetches chosen files of a repository into a directory, as far as they are not there.
+
+    Raises:
+        ValueError: There is no such repository, it cannot be fetched from here, or `choose` has raised it.
+    """
+    commit, names = _list(repo, None, choose)
+    _download(repo, commit, names, directory)
 
 
 def claim(directory: Path, origin: str) -> None:
@@ -132,22 +167,17 @@ def weights_of(directory: Path) -> list[Path]:
     Raises:
         ValueError: There are none, or not all that their index names.
     """
-    names = sorted(path.name for path in directory.iterdir())
-    config = read_json(directory / "config.json") if "config.json" in names else {}
-    named = config.get("transformers_weights")  # for weights of a name of their own
-    found = [named] if named else _weights(names)
+    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    known = (config.get("transformers_weights"), *_WEIGHTS_FILES)  # the first is for weights of a name of their own
+    found = [name for name in known if name and (directory / name).is_file()][:1]
     if not found:
-        others = [name for name in names if name.endswith(".safetensors")]
-        hint = f" ({', '.join(others[:3])} is none that transformers looks for)" if others else ""
+        others = sorted(path.name for path in directory.glob("*.safetensors"))[:3]
+        hint = f" ({', '.join(others)}: no name that transformers looks for)" if others else ""
         raise ValueError(
             f"the model in {str(directory)!r} has no weights: there is no model.safetensors{hint}; save_pretrained writes one"
         )
-    index = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
-    if "-of-" in found[0]:
-        found = [index[PurePath(found[0]).suffix]]
     if found[0].endswith(".index.json"):
-        shards = read_json(directory / found[0]).get("weight_map", {})
-        found = sorted(set(shards.values()))
+        found = sorted(set(read_json(directory / found[0]).get("weight_map", {}).values()))
     if missing := [name for name in found if not (directory / name).is_file()]:
         raise ValueError(
             f"the model in {str(directory)!r} lacks {', '.join(missing[:3])} of its weights; copy all of its files there"
@@ -197,48 +227,66 @@ def _repository(spec: str) -> tuple[str, str | None]:
 
 
 def _weights(names: Iterable[str]) -> list[str]:
-    """Those of some files that hold the weights, of the best kind that is there."""
+    """Those of some files that hold the weights, of the best kind of which all are there."""
     names = list(names)
-    found = (sorted(filter(pattern.fullmatch, names)) for pattern in _WEIGHTS)
-    return next(filter(None, found), [])
+    for pattern in _WEIGHTS:
+        found = sorted(filter(pattern.fullmatch, names))
+        num_shards = re.search(r"-of-(\d+)", found[0]) if found else None
+        if found and (num_shards is None or len(found) == int(num_shards[1])):
+            return found
+    return []
 
 
-def _needed(names: Iterable[str], with_code: bool) -> list[str]:
+def _needed(names: Iterable[str], repo: str, with_code: bool) -> list[str]:
     """Those of a repository's files that a model is made of: none in folders, which hold it in other formats."""
     top = sorted(name for name in names if "/" not in name)
+    weights = _weights(top)
+    if "config.json" not in top or not weights:
+        raise ValueError(
+            f"cannot load model 'hf:{repo}': the repository has no config.json with model.safetensors or pytorch_model.bin, "
+            "so it holds no model of transformers with weights that are safe to read; name another one"
+        )
     suffixes = (*_SUFFIXES, ".py") if with_code else _SUFFIXES
-    return [*(name for name in top if name.endswith(suffixes)), *_weights(top)]
+    return [*(name for name in top if name.endswith(suffixes)), *weights]
 
 
-def _is_whole(repo: str, directory: Path, with_code: bool) -> bool:
+def _snapshot(repo: str, revision: str | None) -> Path | None:
+    """The directory of the cache for a revision, where some of its files are there."""
+    folder = _cache_folder(repo)
+    note = folder / "refs" / (revision or "main")
+    directory = folder / "snapshots" / (note.read_text().strip() if note.is_file() else revision or "main")
+    return directory if directory.is_dir() else None
+
+
+def _cache_folder(repo: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def _is_whole(repo: str, directory: Path, choose: Choice, besides: Sequence[str]) -> bool:
     """Whether nothing is missing in a snapshot of the cache."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        files = get_cached_repo_tree(repo, revision=directory.name)
-        return all((directory / name).is_file() for name in _needed((file.path for file in files), with_code))
+        names = [file.path for file in get_cached_repo_tree(repo, revision=directory.name)]
     except CachedRepoTreeNotFoundError:  # another program has fetched it, file by file
-        pass
+        names = [path.name for path in directory.iterdir()]
+        if besides and not set(besides).intersection(names):
+            return False
     try:
-        weights_of(directory)
+        return all((directory / name).is_file() for name in choose(names))
     except ValueError:
         return False
-    has_code = not with_code or any(directory.glob("*.py"))
-    return has_code and any((directory / name).is_file() for name in _BESIDES_WEIGHTS)
 
 
-def _fetch_into_cache(repo: str, revision: str | None, with_code: bool) -> Path:
-    _, names = _list(repo, revision, with_code)
-    logger.info("fetching hf:%s (once; kept in the Hugging Face cache)", repo)
-    return _download(repo, revision, names)
-
-
-def _list(repo: str, revision: str | None, with_code: bool) -> tuple[str, list[str]]:
+def _list(repo: str, revision: str | None, choose: Choice) -> tuple[str, Sequence[str]]:
     """The commit that a revision is, and which of its files are needed.
 
     Raises:
-        ValueError: The hub cannot be asked or has no such repository, or that holds no model of transformers.
+        ValueError: The hub cannot be asked or has no such repository, or `choose` has raised it.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.constants import DEFAULT_ETAG_TIMEOUT
@@ -247,20 +295,17 @@ def _list(repo: str, revision: str | None, with_code: bool) -> tuple[str, list[s
         info = HfApi().model_info(repo, revision=revision, timeout=DEFAULT_ETAG_TIMEOUT)
     except Exception as error:  # those of huggingface_hub and of its HTTP library share no class
         raise ValueError(_explanation(error, repo, revision)) from error
-    names = [file.rfilename for file in info.siblings or ()]
-    if "config.json" not in names or not _weights(names):
-        raise ValueError(
-            f"cannot load model 'hf:{repo}': the repository has no config.json with model.safetensors or pytorch_model.bin, "
-            "so it holds no model of transformers with weights that are safe to read; name another one"
-        )
     assert info.sha is not None
-    return info.sha, _needed(names, with_code)
+    return info.sha, choose([file.rfilename for file in info.siblings or ()])
 
 
 def _download(repo: str, revision: str | None, names: Sequence[str], directory: Path | None = None) -> Path:
     """Where the files are then: in a directory, or in the cache."""
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # transformers takes them away, and log files need none
+        (enable_progress_bars if sys.stderr.isatty() else disable_progress_bars)()
     patterns = [glob.escape(name) for name in names]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_dir=directory))
@@ -276,6 +321,8 @@ def _explanation(error: Exception, repo: str, revision: str | None, place: Path 
     """
     from huggingface_hub import constants, errors, is_offline_mode
 
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # which tells more
     spec = f"hf:{repo}@{revision}" if revision else f"hf:{repo}"
     hub = constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -308,20 +355,9 @@ def _explanation(error: Exception, repo: str, revision: str | None, place: Path 
         return f"the download of model {spec!r} from {hub} broke off ({reason}); try again, and it goes on where it stopped"
     why = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"{hub} cannot be reached"
     state = "is in the local Hugging Face cache in part only"
-    if not _is_begun(repo, revision):
+    if _snapshot(repo, revision) is None:
         state = "is neither a directory nor in the local Hugging Face cache"
     return (
         f"no model {spec!r}: {repo!r} {state}, and {why}; fetch it on a machine with network, "
         f"`beamsight fetch-model {spec} --to DIR`, and name hf:DIR"
-    )
-
-
-def _is_begun(repo: str, revision: str | None) -> bool:
-    """Whether the cache holds some of its files."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
-    return (folder / "refs" / (revision or constants.DEFAULT_REVISION)).is_file() or (
-        revision is not None and (folder / "snapshots" / revision).is_dir()
     )

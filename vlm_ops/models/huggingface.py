@@ -14,9 +14,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlm_ops.models import ImageBackbone, ImageModel, ModelInfo, TextBackbone, Tokenizer
+from vlm_ops.models import ImageBackbone, ImageModel, ModelInfo, TextBackbone, Tokenizer, hf_captioners
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel
-from vlm_ops.models.hub import locate, read_json, revision_of
+from vlm_ops.models.hub import fetch_repository, is_directory, locate, read_json, revision_of
 from vlm_ops.models.settings import CPU, ModelSettings
 
 # The `model_type`s that are known to work as image backbones, and as text encoders.
@@ -41,11 +41,13 @@ def describe(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
     """
     trusts = settings.trust_remote_code
     directory, full_spec = locate(spec, trusts)
+    if hf_captioners.is_captioner(read_json(directory / "config.json")):
+        return hf_captioners.describe(full_spec, directory, settings)
     kind, model_type = _kind(spec, directory, settings)
     if kind is None:
         raise ValueError(
-            f"cannot load model {spec!r}: its model_type is {model_type!r}; known are dual encoders (such as clip and siglip), the "
-            f"image backbones {', '.join(_CNNS + _VITS)} and the text encoders {', '.join(_TEXT_ENCODERS)}"
+            f"cannot load model {spec!r}: its model_type is {model_type!r}; known are captioners (such as blip and qwen2_5_vl), "
+            f"dual encoders (such as clip and siglip), the image backbones {', '.join(_CNNS + _VITS)} and the text encoders {', '.join(_TEXT_ENCODERS)}"
         )
     revision = revision_of(directory, trusts)
     if kind == "dual encoder":
@@ -59,7 +61,10 @@ def describe(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
 def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel:
     from vlm_ops.models.hf_preprocessing import load_image_processor, read_preprocessing
 
-    info = describe_image_model(spec, settings)
+    info = describe(spec, settings)
+    if "caption" in info.produces:
+        return hf_captioners.load_image_model(info, locate(spec)[0], settings, outputs)
+    describe_image_model(spec, settings)
     processor = load_image_processor(locate(spec)[0], settings.trust_remote_code)
     preprocessing = read_preprocessing(processor)
     return BackboneImageModel(info, preprocessing, lambda: _image_backbone(spec, settings), settings, outputs)
@@ -68,6 +73,13 @@ def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]
 def load_text_model(spec: str, settings: ModelSettings) -> BackboneTextModel:
     info = describe(spec, settings)
     return BackboneTextModel(info, _tokenizer(spec, settings), lambda: _text_backbone(spec, settings), settings)
+
+
+def fetch(spec: str, directory: Path, settings: ModelSettings) -> str | None:
+    if is_directory(spec):
+        return None
+    fetch_repository(spec, directory, settings.trust_remote_code)
+    return f"hf:{directory.resolve()}"
 
 
 def load_image_backbone(spec: str) -> ImageBackbone:
@@ -130,6 +142,8 @@ def describe_image_model(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
     ValueError: There is no such model, or it has no image side.
     """
     info = describe(spec, settings)
+    if "caption" in info.produces:
+        raise ValueError(f"model {spec!r} is a captioner, whose image side does not stand alone; name an image model")
     if not info.produces:
         raise ValueError(f"model {spec!r} is a text encoder and has no image side; name an image model for images")
     return info

@@ -1,8 +1,8 @@
 """`torchvision:NAME` or `torchvision:NAME:WEIGHTS`: the classifiers of torchvision, such as `torchvision:resnet50`.
 
 WEIGHTS is a name that torchvision knows (`IMAGENET1K_V2`; without one, the model's default), or the path of a
-state dict (`.pth` or `.safetensors`), whose images are prepared as for the default weights. Named weights are
-fetched by torchvision on first use.
+state dict (`.pth` or `.safetensors`). Its images are prepared as for the default weights, or, where the file is
+called as torchvision calls one of its own, as for those. Named weights are fetched by torchvision on first use.
 
 `features` are the input of the last linear layer, `grid` the last feature map before it is pooled, or the patch
 tokens of a transformer, `labels` the probabilities of the classes. There is no text side.
@@ -10,6 +10,7 @@ tokens of a transformer, `labels` the probabilities of the classes. There is no 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +20,7 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.hub import download_url_to_file
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -41,9 +43,7 @@ def describe(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
     name, weights, path = _parse(spec)
     produces = frozenset({"features", "grid", "labels"})
     if path is None:
-        # Their files are named by their hash: resnet50-11ad3fa6.pth.
-        revision = f"{weights.name}-{Path(weights.url).stem.rpartition('-')[2]}"
-        return ModelInfo(spec, revision, produces, encodes_text=False)
+        return ModelInfo(spec, f"{weights.name}-{_digest(weights)}", produces, encodes_text=False)
     return ModelInfo(f"torchvision:{name}:{path}", sha256_of(path)[:12], produces, encodes_text=False)
 
 
@@ -56,6 +56,24 @@ def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]
     )  # fmt: skip
 
 
+def fetch(spec: str, directory: Path, settings: ModelSettings) -> str | None:
+    """Fetches named weights as a file, whose content its name tells the hash of."""
+    name, weights, path = _parse(spec)
+    if path is not None:
+        return None
+    file, digest = directory.resolve() / Path(weights.url).name, _digest(weights)
+    if not (file.is_file() and sha256_of(file).startswith(digest)):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(weights.url, str(file), hash_prefix=digest, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"cannot fetch the weights {weights.name} of {name} from {weights.url} into {str(directory)!r}: {error}; "
+                "try again, or on a machine with network and room"
+            ) from error
+    return f"torchvision:{name}:{file}"
+
+
 def load_image_backbone(spec: str) -> TorchvisionBackbone:
     """The classifier as a `ClassifyingBackbone`.
 
@@ -63,7 +81,7 @@ def load_image_backbone(spec: str) -> TorchvisionBackbone:
         ValueError: The weights cannot be fetched or read, or do not fit the model.
     """
     name, weights, path = _parse(spec)
-    net = _fetched(name, weights) if path is None else _from_file(name, path)
+    net = _fetched(name, weights) if path is None else _from_file(name, weights, path)
     return TorchvisionBackbone(net, weights).eval()
 
 
@@ -138,14 +156,18 @@ def _class_names(weights: Any, num_classes: int) -> tuple[str, ...]:
 
 
 def _preprocessing(weights: Any) -> Preprocessing:
-    """Resizing is always bicubic here, whatever interpolation the weights were trained with."""
     transforms = weights.transforms()
     size, resized = transforms.crop_size[0], transforms.resize_size[0]
-    return Preprocessing(size, "cover", min(1.0, size / resized))
+    return Preprocessing(size, "cover", min(1.0, size / resized), transforms.interpolation.value)
+
+
+def _digest(weights: Any) -> str:
+    """The first digits of a file's SHA-256, by which torchvision names it: resnet50-11ad3fa6.pth."""
+    return Path(weights.url).stem.rpartition("-")[2]
 
 
 def _parse(spec: str) -> tuple[str, Any, Path | None]:
-    """Model name, torchvision weights (those of a file: the default ones) and file."""
+    """Model name, torchvision weights (of a file: those of its name, else the default ones) and file."""
     name, _, argument = spec.removeprefix("torchvision:").partition(":")
     if name not in _MODELS:
         raise ValueError(f"unknown model {spec!r}; torchvision has {', '.join(_MODELS)}")
@@ -159,23 +181,25 @@ def _parse(spec: str) -> tuple[str, Any, Path | None]:
         raise ValueError(
             f"no weights {argument!r} for {name}; use {names}, or the path of a state dict (.pth, .pt or .safetensors)"
         )
-    return name, default, path
+    return name, next((weights for weights in known if Path(weights.url).name == path.name), default), path
 
 
 def _fetched(name: str, weights: Any) -> nn.Module:
     try:
         return get_model(name, weights=weights, progress=False)
     except (OSError, RuntimeError) as error:
-        file = Path(weights.url).name
         raise ValueError(
-            f"cannot fetch the weights {weights.name} of {name} from {weights.url}: {error}; "
-            f"fetch them elsewhere and name the file: torchvision:{name}:/path/to/{file}"
+            f"cannot fetch the weights {weights.name} of {name} from {weights.url}: {error}; fetch them on a machine with "
+            f"network, `beamsight fetch-model torchvision:{name}:{weights.name} --to DIR`, and name the file, "
+            f"torchvision:{name}:DIR/{Path(weights.url).name}"
         ) from error
 
 
-def _from_file(name: str, path: Path) -> nn.Module:
+def _from_file(name: str, weights: Any, path: Path) -> nn.Module:
     state = _read_state(path)
-    net = get_model(name, weights=None, num_classes=_num_classes(name, path))
+    # Some weights of vision transformers are for larger images than their architecture is by itself.
+    options = {"image_size": weights.meta["min_size"][0]} if name.startswith("vit_") else {}
+    net = get_model(name, weights=None, num_classes=_num_classes(name, path), **options)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
