@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,8 @@ def change_vectors(monkeypatch: pytest.MonkeyPatch, change: Change) -> list[Mode
     class Changed(toys.ToyImageModel):
         def encode_images(self, pixels: np.ndarray) -> ImageEncoding:
             encoding = super().encode_images(pixels)
-            return replace(encoding, embeddings=change(encoding.embeddings.copy()), features=None)
+            assert encoding.embeddings is not None
+            return replace(encoding, embeddings=change(encoding.embeddings.copy()))
 
     def load(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> toys.ToyImageModel:
         loaded.append(settings)
@@ -97,12 +99,11 @@ def test_other_vectors(
     assert found["image->image, 10 nearest that stay"] == 1  # exchanged in all, so none is nearer than before
     assert found["text->image, 10 nearest that stay"] == pytest.approx(0.7)  # thirteen, of which three are never found
     assert found["text->image R@10"] == 0 and found["text->image R@10 in float32"] == 1
-    assert f"cosine {cosines.min():.2f}" in (tmp_path / "page.html").read_text()
+    shown = re.findall(r"<div>cosine ([0-9.]+)</div>", (tmp_path / "page.html").read_text())
+    assert len(shown) == 12 and np.allclose([float(each) for each in shown], np.sort(cosines)[:12], atol=5e-3)
 
 
-def test_it_says_what_was_compared(
-    shard: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_it_says_what_was_compared(shard: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def turn(vectors: np.ndarray) -> np.ndarray:
         vectors[:, 0] += 0.01
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -111,7 +112,7 @@ def test_it_says_what_was_compared(
     assert drift(shard, "--dtype", "int8") == 0
     table = capsys.readouterr().out
     assert "embedding in int8 by onnxruntime on cpu against float32 by torch on the CPU" in table
-    assert "mean cosine                           0.9999" in table  # not rounded to 1
+    assert re.search(r"mean cosine +0\.999\d\d ", table)  # not rounded to 1
 
 
 def test_vectors_of_another_way_are_not_taken(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +136,15 @@ def test_too_few_images(shard: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     ("flags", "message"),
     [
         (["--device", "cuda"], "--device cuda was asked for, but no CUDA device is available here"),
-        (["--device", "cpu", "--dtype", "float16"], "--dtype float16 is for GPUs; use bfloat16, int8 or float32 on a CPU"),
+        (
+            ["--device", "cpu", "--dtype", "float16"],
+            "--dtype float16 is for GPUs; use bfloat16, int8 or float32 on a CPU",
+        ),
         (["--device", "cpu", "--dtype", "int8", "--compile"], "--compile is for torch; leave it out"),
-        (["--device", "cpu", "--engine", "onnxruntime", "--dtype", "bfloat16"], "--engine onnxruntime computes in float32"),
+        (
+            ["--device", "cpu", "--engine", "onnxruntime", "--dtype", "bfloat16"],
+            "--engine onnxruntime computes in float32",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", [["evaluate", "drift"], ["evaluate", "retrieval"], ["build", "--catalog", "C"]])

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_ops.metrics import accuracy, bootstrap, image_to_text_ranks, kept_neighbours, recall_at, row_cosines, text_to_image_ranks, top_k_accuracy
+from vlm_ops.metrics import (
+    accuracy,
+    bootstrap,
+    image_to_text_ranks,
+    kept_neighbours,
+    recall_at,
+    row_cosines,
+    text_to_image_ranks,
+    top_k_accuracy,
+)
 
 
 @st.composite
@@ -88,9 +97,7 @@ def test_what_is_no_number_is_found_last() -> None:
 
 @settings(deadline=None)
 @given(scored(), st.integers(1, 4), st.integers(0, 5))
-def test_kept_neighbours_equal_the_naive_ones(
-    case: tuple[np.ndarray, np.ndarray], k: int, seed: int
-) -> None:
+def test_kept_neighbours_equal_the_naive_ones(case: tuple[np.ndarray, np.ndarray], k: int, seed: int) -> None:
     reference, _ = case
     if k >= reference.shape[1]:
         return
