@@ -269,6 +269,22 @@ def test_models_that_int8_is_not_for(load: Callable[[], Any], message: str, empt
     ("settings", "asked"),
     [(ModelSettings(device="cpu", engine="onnxruntime"), "--engine onnxruntime"), (_INT8, "--dtype int8")],
 )
+def test_a_cnn_hardly_gains_by_int8(empty_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Convolutions(Scaling):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.convolution, self.head = nn.Conv2d(3, 512, 8), nn.Linear(512, 4)
+
+        def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+            features = self.head(self.convolution(pixels.float() / 255).mean((2, 3)))
+            return super().forward(pixels) | {"features": features}
+
+    message = "dir-Convolutions is mostly convolutions, which stay in float32: --dtype int8 makes it hardly faster"
+    small(_INT8, Convolutions)
+    assert message in caplog.text
+
+
 def test_an_engine_that_was_asked_for_is_not_replaced(
     settings: ModelSettings, asked: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
