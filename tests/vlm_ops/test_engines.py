@@ -265,10 +265,6 @@ def test_models_that_int8_is_not_for(load: Callable[[], Any], message: str, empt
     assert not list(empty_cache.glob("*int8*"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "asked"),
-    [(ModelSettings(device="cpu", engine="onnxruntime"), "--engine onnxruntime"), (_INT8, "--dtype int8")],
-)
 def test_a_cnn_hardly_gains_by_int8(empty_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Convolutions(Scaling):
         def __init__(self) -> None:
@@ -285,6 +281,10 @@ def test_a_cnn_hardly_gains_by_int8(empty_cache: Path, caplog: pytest.LogCapture
     assert message in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [(ModelSettings(device="cpu", engine="onnxruntime"), "--engine onnxruntime"), (_INT8, "--dtype int8")],
+)
 def test_an_engine_that_was_asked_for_is_not_replaced(
     settings: ModelSettings, asked: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
