@@ -326,11 +326,12 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
 def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
     parser = _parser("evaluate", "Measures a model on images with captions or labels, or the tags of a catalog.")
     add = parser.add_argument
-    add("task", choices=("retrieval", "zero-shot", "captions", "matcher", "tags"),
+    add("task", choices=("retrieval", "zero-shot", "captions", "matcher", "tags", "drift"),
         help="retrieval: captions find their image, images their captions; zero-shot: the best of all labels; "
              "captions: those that the model gives, against those of the images and against their metadata; "
              "matcher: own captions are told from others; "
-             "tags: the categories of a tagged catalog, against labels that came with its images")  # fmt: skip
+             "tags: the categories of a tagged catalog, against labels that came with its images; "
+             "drift: vectors by --dtype, --engine, --device and --compile, against those by torch in float32 on the CPU")  # fmt: skip
     _add_reading(parser, is_optional=True)
     group = parser.add_argument_group("tags").add_argument
     group("--catalog", metavar="DIR", help="the tagged catalog, in place of --input")
