@@ -186,6 +186,7 @@ class TagOptions(IndexOptions):
     min_score: float
     text_model: str | None
     device: str
+    trust_remote_code: bool
     all: bool
     dry_run: bool
     calibration: str | None
@@ -569,6 +570,7 @@ def parse_tag(argv: Sequence[str]) -> TagOptions:
     add("--text_model", metavar="SPEC",
         help="language model with a chat template that writes title, description and keywords, such as hf:PATH (default: templates)")  # fmt: skip
     _add_device(parser, "where it runs")
+    _add_trust(parser)
     add("--all", action="store_true", help="tag all images anew, not only what is new or changed")
     add("--dry_run", action="store_true", help="say what would be done, and do nothing")
     group = parser.add_argument_group(

@@ -19,7 +19,7 @@ from torchvision.models import get_model
 
 from tests.conftest import photo
 from tests.vlm_ops import tiny_captioners
-from vlm_ops.models.hf_preprocessing import read_preprocessing
+from vlm_ops.models.hf_preprocessing import is_naflex, read_preprocessing
 
 VIT = {
     "hidden_size": 16,
@@ -95,6 +95,14 @@ def _siglip() -> Any:
     return transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=VIT))
 
 
+def _siglip2() -> Any:
+    text = {**_TEXT, "max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    vision = {key: value for key, value in VIT.items() if key != "image_size"}
+    return transformers.Siglip2Model(
+        transformers.Siglip2Config(text_config=text, vision_config={**vision, "num_patches": 16})
+    )
+
+
 def _align() -> Any:
     vision = {
         "image_size": 64, "width_coefficient": 0.2, "depth_coefficient": 0.2, "hidden_dim": 32, "in_channels": [8, 8],
@@ -127,6 +135,7 @@ def _two_towers() -> Any:
 DUAL_ENCODERS: dict[str, tuple[Callable[[], Any], Any, int | None]] = {
     "clip": (_clip, transformers.CLIPImageProcessor(**_CROPPED), None),
     "siglip": (_siglip, transformers.SiglipImageProcessor(**_STRETCHED), 12),
+    "siglip2": (_siglip2, transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16), 64),
     "align": (
         _align,
         transformers.EfficientNetImageProcessor(
@@ -156,7 +165,7 @@ def make_model(name: str, path: Path) -> str:
     if name in DUAL_ENCODERS:
         make, processor, length = DUAL_ENCODERS[name]
         net = make()
-        save_tokenizer(path, length or 12, has_mask=name != "siglip")
+        save_tokenizer(path, length or 12, has_mask=not name.startswith("siglip"))
         _enlarge(net)
     elif name in IMAGE_MODELS:
         make, processor = IMAGE_MODELS[name]
@@ -166,7 +175,9 @@ def make_model(name: str, path: Path) -> str:
         transformers.BertModel(transformers.BertConfig(**_TEXT)).save_pretrained(path)
         save_tokenizer(path)
         return f"hf:{path}"
-    settled(net, read_preprocessing(processor).size).save_pretrained(path)
+    if not is_naflex(processor):
+        settled(net, read_preprocessing(processor).size)
+    net.save_pretrained(path)
     processor.save_pretrained(path)
     return f"hf:{path}"
 
