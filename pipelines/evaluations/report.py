@@ -111,7 +111,7 @@ def as_page(evaluation: Evaluation, options: EvaluateOptions) -> str:
 
 def _digits(figure: Estimate) -> tuple[str, str, str]:
     """Value and bounds, with as many digits as tell an interval from 1."""
-    places = 5 if 0.9995 <= figure.value < 1 else 3
+    places = 5 if 0.9995 <= figure.value < 0.999995 else 3
     return f"{figure.value:.{places}f}", f"{figure.low:.{places}f}", f"{figure.high:.{places}f}"
 
 
