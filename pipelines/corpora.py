@@ -31,10 +31,17 @@ _BESIDE = ("source_captions", "source_metadata")
 
 
 def encode_corpus(
-    options: ReadingOptions, patterns: Sequence[str], ops: Sequence[str], columns: Sequence[str]
+    options: ReadingOptions,
+    patterns: Sequence[str],
+    ops: Sequence[str],
+    columns: Sequence[str],
+    folder: str = "corpora",
 ) -> tuple[pa.Table, Recipe]:
     """One row an image of the patterns, in their order: what an index keeps of it, what stood beside
     it, and the named columns of the ops; and the recipe that made them.
+
+    Args:
+        folder: Of the user's cache, where the parts are kept.
 
     Raises:
         ValueError: The model cannot serve an op, or no image could be read.
@@ -43,7 +50,7 @@ def encode_corpus(
     recipe = recipe_of(options, plan_ops(ops, model_choice(options)))
     listing = list_inputs(input_config(options, patterns))
     shards = [*listing.shards, *pack(listing.files, options.files_per_shard)]
-    catalog = CatalogLayout(str(cache_dir() / "corpora"))
+    catalog = CatalogLayout(str(cache_dir() / folder))
     read = read_config(options)
     enricher = Enricher(
         EnrichConfig(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from pipelines.evaluations import captions, matcher, retrieval, tags, zero_shot
+from pipelines.evaluations import captions, drift, matcher, retrieval, tags, zero_shot
 from pipelines.evaluations.report import as_json, as_page, as_table
 from pipelines.options import EvaluateOptions
 from vlm_ops import storage
@@ -19,6 +19,7 @@ _MEASURES = {
     "captions": captions.measure,
     "matcher": matcher.measure,
     "tags": tags.measure,
+    "drift": drift.measure,
 }
 
 

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 from pipelines.options import FetchModelOptions
-from vlm_ops.models import describe_model, fetch_model
+from vlm_ops.models import fetch_model
 from vlm_ops.models.settings import ModelSettings
 
 
 def run(options: FetchModelOptions) -> int:
-    """Fetches the model, and looks whether it can be used.
+    """Fetches the model: one that ops run, or the language model of `tag` and `train`.
 
     Raises:
         ValueError: There is no such model, it cannot be fetched, or the directory holds something else.
@@ -21,8 +21,7 @@ def run(options: FetchModelOptions) -> int:
     if spec is None:
         print(f"nothing to fetch: {options.model} is on this machine")
         return 0
-    info = describe_model(spec, settings)
-    print(f"fetched    {options.model}, revision {info.revision}\nuse it as  {spec}")
+    print(f"fetched    {options.model}\nuse it as  {spec}")
     return 0
 
 

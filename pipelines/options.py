@@ -187,6 +187,7 @@ class TagOptions(IndexOptions):
     min_score: float
     text_model: str | None
     device: str
+    trust_remote_code: bool
     all: bool
     dry_run: bool
     calibration: str | None
@@ -326,11 +327,12 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
 def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
     parser = _parser("evaluate", "Measures a model on images with captions or labels, or the tags of a catalog.")
     add = parser.add_argument
-    add("task", choices=("retrieval", "zero-shot", "captions", "matcher", "tags"),
+    add("task", choices=("retrieval", "zero-shot", "captions", "matcher", "tags", "drift"),
         help="retrieval: captions find their image, images their captions; zero-shot: the best of all labels; "
              "captions: those that the model gives, against those of the images and against their metadata; "
              "matcher: own captions are told from others; "
-             "tags: the categories of a tagged catalog, against labels that came with its images")  # fmt: skip
+             "tags: the categories of a tagged catalog, against labels that came with its images; "
+             "drift: vectors by --dtype, --engine, --device and --compile, against those by torch in float32 on the CPU")  # fmt: skip
     _add_reading(parser, is_optional=True)
     group = parser.add_argument_group("tags").add_argument
     group("--catalog", metavar="DIR", help="the tagged catalog, in place of --input")
@@ -576,6 +578,7 @@ def parse_tag(argv: Sequence[str]) -> TagOptions:
     add("--text_model", metavar="SPEC",
         help="language model with a chat template that writes title, description and keywords, such as hf:PATH (default: templates)")  # fmt: skip
     _add_device(parser, "where it runs")
+    _add_trust(parser)
     add("--all", action="store_true", help="tag all images anew, not only what is new or changed")
     add("--dry_run", action="store_true", help="say what would be done, and do nothing")
     group = parser.add_argument_group(

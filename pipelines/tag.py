@@ -35,6 +35,7 @@ from vlm_ops.categories import CategoryScorer, calibrate
 from vlm_ops.category_calibration import CategoryCalibration
 from vlm_ops.delta_tables import LivePart
 from vlm_ops.image_evidence import columns_needed, embeddings_of, evidence_of
+from vlm_ops.models.settings import CPU
 from vlm_ops.ops import check_installed
 from vlm_ops.run_manifests import new_run_id
 from vlm_ops.states import existing_state
@@ -141,9 +142,10 @@ def _config(
     if encoder is None:
         logger.warning("%s has no embeddings (--ops embedding), so its images get no categories", catalog.root)
     else:
-        check_installed([encoder])
+        settings = replace(CPU, trust_remote_code=options.trust_remote_code)
+        check_installed([encoder], settings)
         scorer = CategoryScorer.compute(
-            taxonomy, str(encoder.model), calibration, options.min_score, options.max_categories
+            taxonomy, str(encoder.model), calibration, options.min_score, options.max_categories, settings
         )
         looks = topic_embeddings(str(encoder.model))
     text_model = None
@@ -208,7 +210,8 @@ def _fitted(options: TagOptions, taxonomy: Taxonomy, recipe: Recipe) -> Category
             f"{', '.join(labels[:10])}; name the field with --label_field"
         )
     _, embeddings = embeddings_of(rows)
-    return calibrate(taxonomy, str(recipe.encoder.model), embeddings, evidences, truths)
+    settings = replace(CPU, trust_remote_code=options.trust_remote_code)
+    return calibrate(taxonomy, str(recipe.encoder.model), embeddings, evidences, truths, settings)
 
 
 def _encoded_like(recipe: Recipe, options: TagOptions) -> pa.RecordBatch:

@@ -33,7 +33,7 @@ from vlm_ops.models import (
 from vlm_ops.models.caption_decoder import CaptionDecoder, DecoderConfig
 from vlm_ops.models.directory import ModelDirectory, path_of
 from vlm_ops.models.onnx_engine import cached_file
-from vlm_ops.models.settings import resolve_device
+from vlm_ops.models.settings import resolve_device, usual_dtype
 from vlm_ops.publishing import installed_version
 from vlm_ops.sentences import CaptionTemplate
 from vlm_ops.storage import check_writable, is_local
@@ -516,8 +516,8 @@ def _dtype(name: str, device: str) -> str:
     """`auto`: bfloat16 where the processor computes in it, float32 elsewhere."""
     if name != "auto":
         return name
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    if device != "cpu":
+        return usual_dtype(device)
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_units() else "float32"
 
 

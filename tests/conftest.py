@@ -73,16 +73,25 @@ def dev_shard() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def user_cache() -> Path:
+    """The cache of prepared models that the user has."""
+    from vlm_ops.models.onnx_engine import cache_dir
+
+    return cache_dir()
+
+
 @pytest.fixture(scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """For modules that run toy models through torch."""
     import torch
 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for tensors this small, more only wait for one another
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BEAMSIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("BEAMSIGHT_CACHE", str(cache))
+        yield cache
     torch.set_num_threads(num_threads)
 
 

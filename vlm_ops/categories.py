@@ -29,6 +29,7 @@ from schemas.taxonomy import Node, Taxonomy
 from vlm_ops.category_calibration import CategoryCalibration, fit, softmax
 from vlm_ops.models import TextModel, describe_model, load_text_model, require_text_side
 from vlm_ops.models.onnx_engine import cached_file
+from vlm_ops.models.settings import CPU, ModelSettings
 
 # What came with an image and says in words what it shows; labels and shop categories are names of other taxonomies.
 METADATA_FIELDS = ("title", "name", "product_name", "headline", "alt", "alt_text", "description")
@@ -134,23 +135,25 @@ class CategoryScorer:
         calibration: CategoryCalibration | None = None,
         threshold: float = DEFAULT_MIN_SCORE,
         max_categories: int = DEFAULT_MAX_CATEGORIES,
+        settings: ModelSettings = CPU,
     ) -> CategoryScorer:
         """The scorer of a taxonomy in a model's space. Texts are encoded once and kept in the user's cache.
 
         Args:
             text_model: Spec of the model that made the catalog's embeddings.
             calibration: None: the one that comes with the model, or that of models without any.
+            settings: How the model encodes texts.
 
         Raises:
             ValueError: The model is unknown or has no text side, the calibration is another model's, or threshold or
                 number make no sense.
         """
-        require_text_side(text_model, "its images cannot be compared with categories")
+        require_text_side(text_model, "its images cannot be compared with categories", settings)
         if not 0 <= threshold <= 1:
             raise ValueError(f"the threshold must be in [0, 1], got {threshold}")
         if max_categories < 1:
             raise ValueError(f"at least one category must be allowed, got {max_categories}")
-        model = describe_model(text_model).name
+        model = describe_model(text_model, settings).name
         calibration = calibration or CategoryCalibration.of_model(model)
         if calibration.model not in ("", model):
             raise ValueError(
@@ -160,7 +163,7 @@ class CategoryScorer:
         nodes = _assignable(taxonomy)
         numbers = {node.id: number for number, node in enumerate(nodes)}
         listed, members, visible = _prompts_of(nodes, numbers)
-        vectors = _encoded((*listed, *BACKGROUND_PROMPTS), text_model, model)
+        vectors = _encoded((*listed, *BACKGROUND_PROMPTS), text_model, model, settings)
         num_background = len(BACKGROUND_PROMPTS)
         members = np.concatenate([members, np.zeros((num_background, len(nodes)), bool)])
         visible = np.concatenate([visible, np.ones(num_background, bool)])
@@ -172,7 +175,7 @@ class CategoryScorer:
         fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
         return CategoryScorer(
             taxonomy, text_model, calibration, threshold, max_categories, nodes, parents, vectors, members, visible,
-            fingerprint, TextVectors(text_model, vectors.shape[1]),
+            fingerprint, TextVectors(text_model, vectors.shape[1], settings),
         )  # fmt: skip
 
     def assign(self, embeddings: np.ndarray, evidences: Sequence[ImageEvidence]) -> list[tuple[Category, ...]]:
@@ -323,6 +326,7 @@ def calibrate(
     embeddings: np.ndarray,
     evidences: Sequence[ImageEvidence],
     truths: Sequence[Collection[str]],
+    settings: ModelSettings = CPU,
 ) -> CategoryCalibration:
     """What each kind of evidence is worth and what a score means, from labelled images.
 
@@ -333,7 +337,8 @@ def calibrate(
     Raises:
         ValueError: An id is no node's, or too few images have a category.
     """
-    scorer = CategoryScorer.compute(taxonomy, text_model, CategoryCalibration.neutral(describe_model(text_model).name))
+    neutral = CategoryCalibration.neutral(describe_model(text_model, settings).name)
+    scorer = CategoryScorer.compute(taxonomy, text_model, neutral, settings=settings)
     numbers = {node.id: number for number, node in enumerate(scorer.nodes)}
     known = [i for i, truth in enumerate(truths) if truth]
     for truth in truths:
@@ -350,15 +355,15 @@ def calibrate(
 class TextVectors:
     """Vectors of texts, each encoded once in the life of a process. Safe to use from several threads."""
 
-    def __init__(self, spec: str, dim: int) -> None:
-        self._spec, self._dim = spec, dim
+    def __init__(self, spec: str, dim: int, settings: ModelSettings = CPU) -> None:
+        self._spec, self._dim, self._settings = spec, dim, settings
         self._numbers: dict[str, int] = {}
         self._vectors = np.empty((0, dim), np.float32)
         self._model: TextModel | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_spec": self._spec, "_dim": self._dim}
+        return {"_spec": self._spec, "_dim": self._dim, "_settings": self._settings}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**{name.lstrip("_"): value for name, value in state.items()})  # type: ignore[misc]
@@ -385,7 +390,7 @@ class TextVectors:
                 if len(self._numbers) + len(missing) > _MAX_CACHED_TEXTS:
                     self._numbers, self._vectors = {}, self._vectors[:0]
                     missing = sorted(texts)
-                self._model = self._model or load_text_model(self._spec)
+                self._model = self._model or load_text_model(self._spec, self._settings)
                 made = [
                     self._model.encode_texts(missing[start : start + _TEXTS_PER_BATCH])
                     for start in range(0, len(missing), _TEXTS_PER_BATCH)
@@ -455,12 +460,12 @@ def _up(node: Node, nodes: Sequence[Node], numbers: Mapping[str, int]) -> Iterat
         number = numbers[parent] if parent else None
 
 
-def _encoded(texts: Sequence[str], spec: str, model: str) -> np.ndarray:
+def _encoded(texts: Sequence[str], spec: str, model: str, settings: ModelSettings) -> np.ndarray:
     """float32[p, d], kept in the user's cache by texts and model."""
     key = hashlib.sha256(json.dumps([model, list(texts)]).encode()).hexdigest()[:16]
 
     def make(path: Path) -> None:
-        encoder = load_text_model(spec)
+        encoder = load_text_model(spec, settings)
         batches = [
             encoder.encode_texts(texts[i : i + _TEXTS_PER_BATCH]) for i in range(0, len(texts), _TEXTS_PER_BATCH)
         ]

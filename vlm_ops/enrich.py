@@ -123,6 +123,9 @@ class Enricher:
 
     def __init__(self, config: EnrichConfig) -> None:
         device = resolve_device(config.settings.device)
+        # Resizing is parallel over images already; torch's own threads would only compete. Said before models are
+        # loaded: what is compiled is compiled for a number of threads.
+        torch.set_num_threads(1)
         self.config = config
         self.batch_size = config.batch_size or _BATCH_SIZE[device.partition(":")[0]]
         self.ops = load_ops(config.recipe.ops, config.settings)
@@ -138,8 +141,6 @@ class Enricher:
             self._known = KnownContents.open(config.known_contents, config.read.storage_options)
             columns = ["content_sha256", "recipe_id", *self._reader_columns, *self._op_schema.names]
             self._stored = StoredRows(CatalogLayout(config.catalog).images, columns, config.read.storage_options)
-        # Resizing is parallel over images already; torch's own threads would only compete.
-        torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(config.num_threads, "enrich")
         # Bounds the encoded images that wait in memory, over all shards of the process.
         self._slots = threading.BoundedSemaphore(2 * config.num_threads)

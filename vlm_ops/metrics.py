@@ -75,6 +75,27 @@ def top_k_accuracy(scores: np.ndarray, targets: np.ndarray, k: int) -> np.ndarra
     return _not_below(scores, own[:, None]).sum(axis=1) <= k
 
 
+def row_cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """float64[n]: the cosine of each row of float[n, d] and the same row of another."""
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return np.einsum("nd,nd->n", first, second, dtype=np.float64) / np.maximum(norms, 1e-12)
+
+
+def kept_neighbours(similarity: np.ndarray, reference: np.ndarray, k: int) -> np.ndarray:
+    """Of the k nearest of each query, the share that is among the k nearest by another similarity, too. What ties with
+    the last of these, but for rounding, is among them.
+
+    Args:
+        similarity, reference: float[num_queries, n], k < n; what is not to be found has -inf.
+
+    Returns:
+        float64[num_queries].
+    """
+    found = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    last = np.partition(reference, -k, axis=1)[:, -k]
+    return (np.take_along_axis(reference, found, axis=1) >= last[:, None] - 1e-6).mean(axis=1)
+
+
 def area_under_curve(scores: np.ndarray, targets: np.ndarray) -> float:
     """Area under the ROC curve: how often a matching pair scores above another one; ties count half.
 

@@ -79,9 +79,8 @@ def as_table(evaluation: Evaluation) -> str:
     lines = [f"{evaluation.task} of {' '.join(evaluation.inputs)} ({counts})", f"by {evaluation.model}", ""]
     width = max(map(len, evaluation.figures), default=0)
     for name, figure in evaluation.figures.items():
-        lines.append(
-            f"{name:<{width}}  {figure.value:8.3f}  95 % of resamples in [{figure.low:.3f}, {figure.high:.3f}]"
-        )
+        value, low, high = _digits(figure)
+        lines.append(f"{name:<{width}}  {value:>8}  95 % of resamples in [{low}, {high}]")
     return "\n".join(lines)
 
 
@@ -105,10 +104,15 @@ def as_page(evaluation: Evaluation, options: EvaluateOptions) -> str:
         cards = [card({**example.row, "caption": example.text}, options.storage_options) for example in examples]
         sections.append(Section(title, cards))
     facts = [("model", evaluation.model), ("inputs", " ".join(evaluation.inputs)), *evaluation.counts.items()]
-    table = [
-        (name, f"{each.value:.3f}", f"[{each.low:.3f}, {each.high:.3f}]") for name, each in evaluation.figures.items()
-    ]
+    digits = {name: _digits(each) for name, each in evaluation.figures.items()}
+    table = [(name, value, f"[{low}, {high}]") for name, (value, low, high) in digits.items()]
     return render_gallery(f"Beamsight {evaluation.task}", facts, sections, table)
+
+
+def _digits(figure: Estimate) -> tuple[str, str, str]:
+    """Value and bounds, with as many digits as tell an interval from 1."""
+    places = 5 if 0.9995 <= figure.value < 0.999995 else 3
+    return f"{figure.value:.{places}f}", f"{figure.low:.{places}f}", f"{figure.high:.{places}f}"
 
 
 def first_of_each(examples: Sequence[Example]) -> list[Example]:

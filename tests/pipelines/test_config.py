@@ -133,7 +133,7 @@ def test_train_and_score(config: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_it(command: str, capsys: pytest.CaptureFixture, config: Any) -> None:
-    parse = getattr(options, f"parse_{command}")
+    parse = getattr(options, f"parse_{command.replace('-', '_')}")
     with pytest.raises(SystemExit):
         parse(["--help"])
     assert "--config FILE.yaml" in capsys.readouterr().out
@@ -169,7 +169,7 @@ def test_the_environment(config: Any, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("batch_size:", "batch_size: must be a value, got nothing: null"),
         ("max_failure_rate: 5", "max_failure_rate: must be in [0, 1], got 5"),
         ("prune: 'yes'", 'prune: must be true or false, got the text "yes"'),
-        ("device: gpu", "device: invalid choice: 'gpu' (choose from "),
+        ("device: gpu", "device: unknown device 'gpu'; use auto, cpu, cuda or cuda:N"),
         ("input: {a: b}", 'input: must be a value, got the mapping {"a": "b"}'),
         ("input: [a, [b]]", "input: must be one value, or a list of them, got the list "),
         ("input: []", "input: must be one value, or a list of them, got the list []"),

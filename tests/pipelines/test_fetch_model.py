@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from torchvision.models import get_model, get_model_weights
 
 from pipelines.cli import main
@@ -40,6 +41,24 @@ def test_a_repository(
     assert main(["fetch-model", "hf:someone/tiny", "--to", "there"]) == 2
     assert "cannot be reached; fetch it on a machine with network" in capsys.readouterr().err
     assert not Path("there").exists()
+
+
+def test_a_language_model(server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One for `tag --text_model`, which is no model of images."""
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    (tmp_path / "gpt" / "chat_template.jinja").write_text("{{ messages }}")
+    server.publish("someone/gpt", tmp_path / "gpt")
+    assert main(["fetch-model", "hf:someone/gpt", "--to", str(tmp_path / "here")]) == 0
+    assert spec_told(capsys.readouterr().out) == f"hf:{tmp_path / 'here'}"
+    names = {path.name for path in (tmp_path / "here").iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "chat_template.jinja",
+        "fetched.json",
+    }
 
 
 def test_torchvision_weights(

@@ -191,7 +191,7 @@ def test_directories_that_are_not_whole(directories: dict[str, Path], tmp_path: 
     (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
     with pytest.raises(
         ValueError,
-        match="its model_type is 'whisper'; known are dual encoders .* the image backbones bit, .* text encoders albert",
+        match="its model_type is 'whisper'; known are captioners .* the image backbones bit, .* text encoders albert",
     ):
         describe_model(spec)
     shutil.copy(directories["vit"] / "config.json", tmp_path)

@@ -313,7 +313,7 @@ def test_fetching_into_a_directory(server: FakeHub, repository: Path, tiny: Path
     assert not (folder / "config.json").exists()
     server.cut = None
     assert hub.fetch_repository(SPEC, folder) == f"{SPEC}@{commit}"
-    assert {name for name in names_in(folder) if not name.startswith(".")} == MODEL_FILES | {"fetched.json"}
+    assert names_in(folder) == MODEL_FILES | {"fetched.json"}
     assert hub.revision_of(folder) == hub.revision_of(tiny) and not server.cache.exists()
     server.requests.clear()
     assert hub.fetch_repository(SPEC, folder) == f"{SPEC}@{commit}"

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_ops.metrics import accuracy, bootstrap, image_to_text_ranks, recall_at, text_to_image_ranks, top_k_accuracy
+from vlm_ops.metrics import (
+    accuracy,
+    bootstrap,
+    image_to_text_ranks,
+    kept_neighbours,
+    recall_at,
+    row_cosines,
+    text_to_image_ranks,
+    top_k_accuracy,
+)
 
 
 @st.composite
@@ -84,3 +93,27 @@ def test_what_is_no_number_is_found_last() -> None:
     assert text_to_image_ranks(nothing, owners).tolist() == [3, 3, 3, 3]
     assert image_to_text_ranks(nothing, owners).tolist() == [4, 4, 3]
     assert not top_k_accuracy(nothing, np.array([0, 1, 2, 0]), 2).any()
+
+
+@settings(deadline=None)
+@given(scored(), st.integers(1, 4), st.integers(0, 5))
+def test_kept_neighbours_equal_the_naive_ones(case: tuple[np.ndarray, np.ndarray], k: int, seed: int) -> None:
+    reference, _ = case
+    if k >= reference.shape[1]:
+        return
+    similarity = np.random.default_rng(seed).permuted(reference, axis=1) + np.linspace(0, 0.1, reference.shape[1])
+    for row, kept in enumerate(kept_neighbours(similarity, reference, k)):
+        found = sorted(range(reference.shape[1]), key=lambda i: -similarity[row, i])[:k]
+        worst = sorted(reference[row])[-k]
+        assert kept == sum(reference[row, i] >= worst for i in found) / k
+
+
+def test_neighbours_that_stay() -> None:
+    similarity = np.array([[-np.inf, 0.9, 0.8, 0.1, 0.0]] * 2)
+    assert kept_neighbours(similarity, similarity, 2).tolist() == [1, 1]
+    assert kept_neighbours(similarity, np.array([[-np.inf, 0.1, 0.9, 0.8, 0.0]] * 2), 2).tolist() == [0.5, 0.5]
+
+
+def test_cosines_of_rows() -> None:
+    first, second = np.float32([[3, 0], [1, 1], [0, 0]]), np.float32([[0.5, 0], [1, 0], [1, 0]])
+    np.testing.assert_allclose(row_cosines(first, second), [1, 0.5**0.5, 0])

@@ -59,7 +59,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
             "text_cfg": TEXT,
         },
         {},
-        {"embeddings"},
+        {"features", "embeddings"},
     ),
     "bert": (
         {
@@ -199,6 +199,10 @@ def test_features_and_grid(directories: dict[str, Path]) -> None:
     torch.testing.assert_close(outputs["embedding"], torch.nn.functional.normalize(features @ projection, dim=-1))
     assert (backbone.feature_dim, backbone.grid_dim, backbone.embedding_dim) == (32, 32, 16)
     assert outputs["grid"].shape == (2, 16, 32)
+    resnet: Any = load_image_backbone(f"open_clip:{directories['resnet']}")
+    with torch.no_grad():
+        outputs = resnet(pixels)
+    torch.testing.assert_close(torch.nn.functional.normalize(outputs["features"], dim=-1), outputs["embedding"])
 
 
 def test_texts_are_trained_on_by_backbone_and_tokenizer(directories: dict[str, Path]) -> None:
@@ -291,14 +295,17 @@ def test_a_tag_is_fetched_and_kept(
     assert np.array_equal(load_image_model(spec, TORCH).encode_images(pixels).embeddings, vectors)
     if name != "bert":  # open_clip asks the network for a text tower's configuration
         by_hand(tmp_path / "fetched")
-    with pytest.raises(ValueError, match=f"no model 'hf:someone/{name}-weights': .* HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        ValueError,
+        match=f"no model '{tag}': .* HF_HUB_OFFLINE is set; .*fetch-model {tag} --to DIR`, and name open_clip:DIR",
+    ):
         describe_model(tag)
 
 
 def test_a_broken_fetch_is_no_model(server: FakeHub, tmp_path: Path) -> None:
     folder = tmp_path / "fetched"
     server.cut = "open_clip_model.safetensors"
-    with pytest.raises(ValueError, match="broke off .*; try again, and it goes on where it stopped"):
+    with pytest.raises(ValueError, match="broke off .*; try again, and it goes on with what is missing"):
         fetch_model("open_clip:tiny-vit/drawn", folder)
     with pytest.raises(ValueError, match="there is no open_clip_config.json"):
         describe_model(f"open_clip:{folder}")

@@ -277,11 +277,61 @@ def _qwen(config: Any, model: Any, processor: Any, vision: dict[str, Any], **tex
     return model(made), processor(images, words, video, chat_template=template)
 
 
+def gemma3() -> tuple[Any, Any]:
+    words = tokenizer(
+        "user", "assistant", ":", image_token="<image_soft_token>", boi_token="<boi>", eoi_token="<eoi>"
+    )  # fmt: skip
+    config = t.Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", **_VISION, "image_size": SIDE, "patch_size": 8},
+        text_config={**_LLAMA, **_ids(words), "head_dim": 8, "sliding_window": 512},
+        mm_tokens_per_image=4, image_token_index=words.image_token_id, boi_token_index=words.boi_token_id,
+        eoi_token_index=words.eoi_token_id,
+    )  # fmt: skip
+    images = t.Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE})
+    processor = t.Gemma3Processor(images, words, image_seq_length=4, chat_template=CHAT.replace("IMAGE", "<boi>"))
+    return t.Gemma3ForConditionalGeneration(config), processor
+
+
+def internvl() -> tuple[Any, Any]:
+    words = tokenizer(
+        "user", "assistant", ":", start_image_token="<img>", end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>", video_token="<video>",
+    )  # fmt: skip
+    config = t.InternVLConfig(
+        vision_config={**_VISION, "image_size": [SIDE, SIDE], "patch_size": [8, 8]},
+        text_config={"model_type": "qwen2", **_LLAMA, **_ids(words)},
+        image_token_id=words.context_image_token_id, image_seq_length=4,
+    )  # fmt: skip
+    size = {"height": SIDE, "width": SIDE}
+    processor = t.InternVLProcessor(
+        t.GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4), words,
+        t.InternVLVideoProcessor(size=size), image_seq_length=4, chat_template=CHAT.replace("IMAGE", "<IMG_CONTEXT>"),
+    )  # fmt: skip
+    return t.InternVLForConditionalGeneration(config), processor
+
+
+def pix2struct() -> tuple[Any, Any]:
+    words = tokenizer()
+    layers = {"hidden_size": 16, "d_kv": 8, "d_ff": 32}
+    config = t.Pix2StructConfig(
+        text_config={
+            **_ids(words),
+            **layers,
+            "num_layers": 2,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+            "is_decoder": True,
+        },
+        vision_config={**layers, "patch_embed_hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 1},
+    )
+    return t.Pix2StructForConditionalGeneration(config), t.Pix2StructProcessor(t.Pix2StructImageProcessor(), words)
+
+
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     make.__name__: make
     for make in (
         blip, git, vit_gpt2, florence2, blip2, instructblip, paligemma, kosmos2, llava, llava_next, smolvlm, qwen2_vl,
-        qwen2_5_vl, qwen3_vl,
+        qwen2_5_vl, qwen3_vl, gemma3, internvl, pix2struct,
     )
 }  # fmt: skip
 
@@ -291,7 +341,7 @@ _SPEAKS_IN_TOKENS = ("paligemma", "kosmos2")
 
 
 # With others they write the same of every image.
-_SEEDS = {"blip2": 2, "paligemma": 7}
+_SEEDS = {"blip2": 2, "gemma3": 4, "paligemma": 7}
 
 
 def save(name: str, path: Path) -> None:

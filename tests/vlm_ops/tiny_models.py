@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import tokenizers
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model
 
 from tests.conftest import photo
-from vlm_ops.models.hf_preprocessing import read_preprocessing
+from tests.vlm_ops import tiny_captioners
+from vlm_ops.models.hf_preprocessing import is_naflex, read_preprocessing
 
 VIT = {
     "hidden_size": 16,
@@ -91,6 +95,14 @@ def _siglip() -> Any:
     return transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=VIT))
 
 
+def _siglip2() -> Any:
+    text = {**_TEXT, "max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    vision = {key: value for key, value in VIT.items() if key != "image_size"}
+    return transformers.Siglip2Model(
+        transformers.Siglip2Config(text_config=text, vision_config={**vision, "num_patches": 16})
+    )
+
+
 def _align() -> Any:
     vision = {
         "image_size": 64, "width_coefficient": 0.2, "depth_coefficient": 0.2, "hidden_dim": 32, "in_channels": [8, 8],
@@ -123,6 +135,7 @@ def _two_towers() -> Any:
 DUAL_ENCODERS: dict[str, tuple[Callable[[], Any], Any, int | None]] = {
     "clip": (_clip, transformers.CLIPImageProcessor(**_CROPPED), None),
     "siglip": (_siglip, transformers.SiglipImageProcessor(**_STRETCHED), 12),
+    "siglip2": (_siglip2, transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16), 64),
     "align": (
         _align,
         transformers.EfficientNetImageProcessor(
@@ -144,10 +157,15 @@ def make_model(name: str, path: Path) -> str:
     if name == "torchvision":
         torch.save(settled(get_model("resnet18", weights=None), 224).state_dict(), path / "weights.pth")
         return f"torchvision:resnet18:{path / 'weights.pth'}"
+    if name in tiny_captioners.FAMILIES:
+        tiny_captioners.save(name, path)
+        return f"hf:{path}"
+    if name == "open_clip":
+        return _open_clip(path)
     if name in DUAL_ENCODERS:
         make, processor, length = DUAL_ENCODERS[name]
         net = make()
-        save_tokenizer(path, length or 12, has_mask=name != "siglip")
+        save_tokenizer(path, length or 12, has_mask=not name.startswith("siglip"))
         _enlarge(net)
     elif name in IMAGE_MODELS:
         make, processor = IMAGE_MODELS[name]
@@ -157,9 +175,22 @@ def make_model(name: str, path: Path) -> str:
         transformers.BertModel(transformers.BertConfig(**_TEXT)).save_pretrained(path)
         save_tokenizer(path)
         return f"hf:{path}"
-    settled(net, read_preprocessing(processor).size).save_pretrained(path)
+    if not is_naflex(processor):
+        settled(net, read_preprocessing(processor).size)
+    net.save_pretrained(path)
     processor.save_pretrained(path)
     return f"hf:{path}"
+
+
+def _open_clip(path: Path) -> str:
+    text = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    net = open_clip.create_model(f"local-dir:{path}", load_weights=False)
+    _enlarge(net)
+    save_file({name: value.contiguous() for name, value in net.state_dict().items()}, path / "model.safetensors")
+    return f"open_clip:{path}"
 
 
 def _enlarge(net: nn.Module) -> None:

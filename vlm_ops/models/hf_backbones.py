@@ -19,6 +19,7 @@ from vlm_ops.models import Tokenizer
 from vlm_ops.models.backbones import tokenizer_of
 from vlm_ops.models.hf_preprocessing import load_image_processor, normalisation, read_preprocessing
 from vlm_ops.models.hub import read_json
+from vlm_ops.models.settings import CPU, ModelSettings
 
 # Their positions are numbered from behind the padding id, so that the first of them are never used.
 _SHIFTED_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")
@@ -34,9 +35,9 @@ class Normalised(nn.Module):
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, directory: Path, trust_remote_code: bool = False) -> None:
+    def __init__(self, directory: Path, settings: ModelSettings = CPU) -> None:
         super().__init__()
-        processor = load_image_processor(directory, trust_remote_code)
+        processor = load_image_processor(directory, settings.trust_remote_code)
         self.preprocessing = read_preprocessing(processor)
         scale, shift = normalisation(processor)
         self.register_buffer("scale", torch.from_numpy(scale), persistent=False)
@@ -50,7 +51,7 @@ class Normalised(nn.Module):
         return torch.zeros(1, 3, self.preprocessing.size, self.preprocessing.size, dtype=torch.uint8)
 
 
-class ImageBackbone(Normalised):
+class ImageTower(Normalised):
     """Any vision `AutoModel` that gives `last_hidden_state`, [n, c, h, w] or [n, tokens, d].
 
     Raises:
@@ -59,14 +60,15 @@ class ImageBackbone(Normalised):
 
     embedding_dim = 0
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self.net = pretrained(directory)
+    def __init__(self, directory: Path, settings: ModelSettings = CPU) -> None:
+        super().__init__(directory, settings)
+        self.net = pretrained(directory, settings)
         with torch.no_grad():
             hidden, pooled = self._hidden(self.blank())
         self.num_special_tokens = num_special_tokens(self.net.config, self.preprocessing.size, hidden.shape[1])
         self.grid_dim = hidden.shape[2]
         self.feature_dim = self.grid_dim if pooled is None else pooled.shape[1]
+        self.eval()
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden, features = self._hidden(pixels)
@@ -82,17 +84,18 @@ class ImageBackbone(Normalised):
         return cells(output.last_hidden_state), None if pooled is None else pooled.flatten(1)
 
 
-class TextBackbone(nn.Module):
+class TextTower(nn.Module):
     """Any text `AutoModel` that gives `last_hidden_state`.
 
     Raises:
         ValueError: The weights are missing or do not fit.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: ModelSettings = CPU) -> None:
         super().__init__()
-        self.net = pretrained(directory)
+        self.net = pretrained(directory, settings)
         self.text_dim = self.net.config.hidden_size
+        self.eval()
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         hidden = self.net(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -100,7 +103,7 @@ class TextBackbone(nn.Module):
         return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path, settings: ModelSettings = CPU) -> Tokenizer:
     """The fast tokenizer beside a text encoder.
 
     Raises:
@@ -138,7 +141,7 @@ def max_tokens(directory: Path, config: Mapping[str, Any]) -> int:
     return int(min(limits))
 
 
-def pretrained(directory: Path, trust_remote_code: bool = False) -> Any:
+def pretrained(directory: Path, settings: ModelSettings = CPU) -> Any:
     """The `AutoModel` in float32, without a pooler that was never trained.
 
     Raises:
@@ -149,7 +152,11 @@ def pretrained(directory: Path, trust_remote_code: bool = False) -> Any:
 
     transformers_logging.disable_progress_bar()
     net, loading = AutoModel.from_pretrained(
-        directory, dtype=torch.float32, weights_only=True, trust_remote_code=trust_remote_code, output_loading_info=True
+        directory,
+        dtype=torch.float32,
+        weights_only=True,
+        trust_remote_code=settings.trust_remote_code,
+        output_loading_info=True,
     )
     missing = sorted(loading["missing_keys"])
     if any(name.startswith("pooler.") for name in missing):

@@ -3,11 +3,12 @@
 Whatever `AutoModelForImageTextToText` loads writes captions, in one of these ways:
 
     BLIP, GIT               go on from the words that they are given, if any
-    ViT-GPT2, TrOCR, ...    (VisionEncoderDecoder) are told nothing
+    ViT-GPT2, Pix2Struct    (the first a VisionEncoderDecoder) are told nothing
     Florence-2              is told a task: <CAPTION>, <DETAILED_CAPTION> or <MORE_DETAILED_CAPTION>
     BLIP-2, InstructBLIP,   are told a line of text, as their papers have it
       PaliGemma, Kosmos-2
-    all others              chat: a question about the image, in the form of their own chat template
+    all others              (LLaVA, SmolVLM, Qwen-VL, InternVL, Gemma 3, ...) chat: they are asked about the image,
+                            in the form of their own chat template
 
 This module knows the files; `hf_caption_writing` has the models write.
 """
@@ -59,6 +60,7 @@ _PROMPTINGS = {
     "blip": Prompting("beginning"),
     "git": Prompting("beginning"),
     "vision-encoder-decoder": Prompting("nothing"),
+    "pix2struct": Prompting("nothing"),
     # Xiao et al., "Florence-2", 2023; its further tasks give boxes, or read text.
     "florence2": Prompting("task", "<CAPTION>", ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")),
     "blip-2": Prompting("line"),

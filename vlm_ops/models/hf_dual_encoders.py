@@ -8,6 +8,7 @@ map or patch tokens of the image tower. Texts are cut and padded as the model's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_ops.models import Tokenizer
+from vlm_ops.models import ImageEncoding, ModelInfo, Tokenizer
 from vlm_ops.models.hf_backbones import Normalised, cells, max_tokens, num_special_tokens, pretrained
+from vlm_ops.models.settings import CPU, ModelSettings
+from vlm_ops.models.torch_engine import TorchEngine
+from vlm_ops.preprocessing import Preprocessing
 
 # Trained on texts that are padded to the full length, and without a mask: google/siglip-* by their model cards, ALIGN
 # by its processor's defaults, which Siglip2Processor has too.
-_PADDED_TO = {"siglip": None, "siglip2": 64, "align": 64}
+_PADDED_TO: Mapping[str, int | None] = {"siglip": None, "siglip2": 64, "align": 64}
+
+# Of what NaFlex's processor is given; it makes some 256 patches of 16 pixels, so that little is changed twice.
+_LONGEST_SIDE = 1024
 
 
 class ImageTower(Normalised):
@@ -31,9 +38,9 @@ class ImageTower(Normalised):
         ValueError: The weights or the image processor are missing or do not fit.
     """
 
-    def __init__(self, directory: Path, trust_remote_code: bool = False) -> None:
-        super().__init__(directory, trust_remote_code)
-        self.net = pretrained(directory, trust_remote_code)
+    def __init__(self, directory: Path, settings: ModelSettings = CPU) -> None:
+        super().__init__(directory, settings)
+        self.net = pretrained(directory, settings)
         with torch.no_grad():
             features, hidden = self._hidden(self.blank())
         config = getattr(self.net.config, "vision_config", self.net.config)
@@ -43,6 +50,7 @@ class ImageTower(Normalised):
             self.grid_dim = hidden.shape[2]
             self.num_special_tokens = num_special_tokens(config, self.preprocessing.size, hidden.shape[1])
         _drop(self.net, "text")
+        self.eval()
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         features, hidden = self._hidden(pixels)
@@ -63,13 +71,14 @@ class TextTower(nn.Module):
         ValueError: The weights are missing or do not fit.
     """
 
-    def __init__(self, directory: Path, trust_remote_code: bool = False) -> None:
+    def __init__(self, directory: Path, settings: ModelSettings = CPU) -> None:
         super().__init__()
-        self.net = pretrained(directory, trust_remote_code)
-        self.reads_mask = "attention_mask" in _tokenizer(directory, trust_remote_code).model_input_names
+        self.net = pretrained(directory, settings)
+        self.reads_mask = "attention_mask" in _tokenizer(directory, settings).model_input_names
         with torch.no_grad():
             self.text_dim = self(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long)).shape[1]
         _drop(self.net, "vision")
+        self.eval()
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         inputs = {"input_ids": ids, "attention_mask": mask} if self.reads_mask else {"input_ids": ids}
@@ -77,7 +86,60 @@ class TextTower(nn.Module):
         return F.normalize(output if torch.is_tensor(output) else output.pooler_output, dim=-1)
 
 
-def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Tokenizer:
+class NaFlexImageModel:
+    """The image side of a SigLIP 2 whose images keep their aspect ratio (NaFlex), as an `ImageModel`. Its processor makes the
+    patches, of an image that is at most `_LONGEST_SIDE` long; it runs through torch.
+
+    Raises:
+        ValueError: The weights are missing or do not fit.
+    """
+
+    label_names: Sequence[str] = ()
+
+    def __init__(
+        self, info: ModelInfo, processor: Any, directory: Path, settings: ModelSettings, outputs: frozenset[str]
+    ) -> None:
+        self.info = info
+        self.preprocessing = Preprocessing(_LONGEST_SIDE, "contain")
+        self._processor, self._outputs = processor, outputs
+        if not outputs:
+            return
+        if settings.engine != "torch" and not settings.may_run_by_torch:
+            raise ValueError(
+                f"model {info.spec!r} takes images of many sizes and runs through torch; use --engine torch"
+            )
+        net = pretrained(directory, settings)
+        _drop(net, "text")
+        self._engine = TorchEngine(_Patches(net), replace(settings, engine="torch", compile=False), (0,))
+
+    def encode_images(self, pixels: Sequence[np.ndarray]) -> ImageEncoding:
+        """Of a list of n uint8[3, h, w]."""
+        if not self._outputs:
+            return ImageEncoding()
+        images = list(pixels) or [np.zeros((3, 16, 16), np.uint8)]
+        inputs = self._processor(images, input_data_format="channels_first", return_tensors="np")
+        names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+        (features,) = self._engine.run({name: np.asarray(inputs[name]) for name in names})
+        features = features[: len(pixels)]
+        embeddings = features / np.linalg.norm(features, axis=1, keepdims=True).clip(min=1e-12)
+        return ImageEncoding(
+            features=features if "features" in self._outputs else None,
+            embeddings=embeddings if "embedding" in self._outputs else None,
+        )
+
+
+class _Patches(nn.Module):
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixel_values: torch.Tensor, mask: torch.Tensor, shapes: torch.Tensor) -> torch.Tensor:
+        return self.net.get_image_features(
+            pixel_values=pixel_values, pixel_attention_mask=mask, spatial_shapes=shapes
+        ).pooler_output
+
+
+def load_tokenizer(directory: Path, settings: ModelSettings = CPU) -> Tokenizer:
     """The tokenizer beside a dual encoder, which pads and cuts as the model's processor does.
 
     Raises:
@@ -85,8 +147,8 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Tokenize
     """
     from transformers import AutoConfig
 
-    tokenizer = _tokenizer(directory, trust_remote_code)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(directory, settings)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=settings.trust_remote_code)
     longest = max_tokens(directory, getattr(config, "text_config", config).to_dict())
     is_padded = config.model_type in _PADDED_TO
     if is_padded:
@@ -106,11 +168,11 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Tokenize
     return tokenize
 
 
-def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
+def _tokenizer(directory: Path, settings: ModelSettings) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the model in {str(directory)!r} has no tokenizer that can be read (tokenizer.json); save its own there "

@@ -31,12 +31,22 @@ def load_image_processor(directory: Path, trust_remote_code: bool = False) -> An
         ) from error
 
 
+def is_naflex(processor: Any) -> bool:
+    """Whether images keep their aspect ratio and become as many patches as fit (SigLIP 2's NaFlex)."""
+    return hasattr(processor, "max_num_patches")
+
+
 def read_preprocessing(processor: Any) -> Preprocessing:
     """What an image processor does to the geometry of an image; pixel for pixel what transformers makes of it.
 
     Raises:
         ValueError: The processor makes no square of one size, or resizes by a filter that is not known here.
     """
+    if is_naflex(processor):
+        raise ValueError(
+            f"{type(processor).__name__} makes patches of images of many sizes; such a model encodes, but cannot be trained on: name "
+            "one of a fixed size, such as hf:google/siglip2-base-patch16-224"
+        )
     size = dict(processor.size)
     crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
     resized, side = _square(size), _square(crop or size)

@@ -9,6 +9,7 @@ Weights are safetensors, or what `torch.load(weights_only=True)` reads; files of
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -16,8 +17,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,19 @@ _ORIGIN = "fetched.json"
 Choice = Callable[[Sequence[str]], Sequence[str]]
 
 
+@dataclass(frozen=True)
+class Repository:
+    """Attributes:
+    name: `OWNER/NAME`.
+    spec: By which a person has named the model that is in it, for messages.
+    revision: A branch, a tag or a commit; None: the main branch.
+    """
+
+    name: str
+    spec: str
+    revision: str | None = None
+
+
 def locate(spec: str, with_code: bool = False) -> tuple[Path, str]:
     """The directory of a model, and the spec that means it everywhere: `hf:/full/path`, or `hf:REPO@` with the
     40 digits of a commit.
@@ -69,12 +85,12 @@ def locate(spec: str, with_code: bool = False) -> tuple[Path, str]:
     if is_directory(spec):
         path = Path(spec.removeprefix("hf:")).expanduser().resolve()
         return path, f"hf:{path}"
-    repo, revision = _repository(spec)
-    directory = find(repo, revision, lambda names: _needed(names, repo, with_code), _BESIDES_WEIGHTS)
-    return directory, f"hf:{repo}@{directory.name}"
+    repository = _repository(spec)
+    directory = find(repository, lambda names: _needed(names, spec, with_code), _BESIDES_WEIGHTS)
+    return directory, f"hf:{repository.name}@{directory.name}"
 
 
-def find(repo: str, revision: str | None, choose: Choice, besides: Sequence[str] = ()) -> Path:
+def find(repository: Repository, choose: Choice, besides: Sequence[str] = ()) -> Path:
     """Where chosen files of a repository are: in the cache, into which they are fetched if one is missing there.
 
     Args:
@@ -84,13 +100,14 @@ def find(repo: str, revision: str | None, choose: Choice, besides: Sequence[str]
     Raises:
         ValueError: There is no such repository, it cannot be fetched from here, or `choose` has raised it.
     """
-    directory = _snapshot(repo, revision)
-    if directory is not None and _is_whole(repo, directory, choose, besides):
+    directory = _snapshot(repository)
+    if directory is not None and _is_whole(repository, directory, choose, besides):
         return directory
-    commit = directory.name if directory else revision
-    _, names = _list(repo, commit, choose)
-    logger.info("fetching hf:%s (once; kept in the Hugging Face cache)", repo)
-    return _download(repo, commit, names)
+    if directory is not None:  # begun: the same commit goes on
+        repository = replace(repository, revision=directory.name)
+    _, names = _list(repository, choose)
+    logger.info("fetching %s (once; kept in the Hugging Face cache)", repository.spec)
+    return _download(repository, names)
 
 
 def is_directory(spec: str) -> bool:
@@ -108,24 +125,33 @@ def fetch_repository(spec: str, directory: Path, with_code: bool = False) -> str
     Raises:
         ValueError: There is no such repository, it cannot be fetched from here, or the directory holds something else.
     """
-    repo, revision = _repository(spec)
-    commit, names = _list(repo, revision, lambda names: _needed(names, repo, with_code))
-    full_spec = f"hf:{repo}@{commit}"
+    repository = _repository(spec)
+    commit, names = _list(repository, lambda names: _needed(names, spec, with_code))
+    full_spec = f"hf:{repository.name}@{commit}"
     claim(directory, full_spec)
     if not (directory / "config.json").is_file():
-        _download(repo, commit, [name for name in names if name != "config.json"], directory)
-        _download(repo, commit, ["config.json"], directory)
+        pinned = replace(repository, revision=commit)
+        _download(pinned, [name for name in names if name != "config.json"], directory)
+        _download(pinned, ["config.json"], directory)
+        tidy(directory)
     return full_spec
 
 
-def download(repo: str, choose: Choice, directory: Path) -> None:
+def tidy(directory: Path) -> None:
+    """Deletes what huggingface_hub notes beside files while it fetches them."""
+    shutil.rmtree(directory / ".cache" / "huggingface", ignore_errors=True)
+    with contextlib.suppress(OSError):  # somebody else's cache is there, too
+        (directory / ".cache").rmdir()
+
+
+def download(repository: Repository, choose: Choice, directory: Path) -> None:
     """Fetches chosen files of a repository into a directory, as far as they are not there.
 
     Raises:
         ValueError: There is no such repository, it cannot be fetched from here, or `choose` has raised it.
     """
-    commit, names = _list(repo, None, choose)
-    _download(repo, commit, names, directory)
+    commit, names = _list(repository, choose)
+    _download(replace(repository, revision=commit), names, directory)
 
 
 def claim(directory: Path, origin: str) -> None:
@@ -202,8 +228,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _repository(spec: str) -> tuple[str, str | None]:
-    """Name and revision of a spec that is no directory.
+def _repository(spec: str) -> Repository:
+    """That of a spec that is no directory.
 
     Raises:
         ValueError: It is a path, or nothing that a repository could be called.
@@ -223,7 +249,7 @@ def _repository(spec: str) -> tuple[str, str | None]:
             f"no model {spec!r}: {argument!r} is neither a directory nor the name of a repository; give the path of a "
             "model's directory, or OWNER/NAME of one on the Hugging Face hub"
         )
-    return repo, revision or None
+    return Repository(repo, spec, revision or None)
 
 
 def _weights(names: Iterable[str]) -> list[str]:
@@ -237,41 +263,38 @@ def _weights(names: Iterable[str]) -> list[str]:
     return []
 
 
-def _needed(names: Iterable[str], repo: str, with_code: bool) -> list[str]:
+def _needed(names: Iterable[str], spec: str, with_code: bool) -> list[str]:
     """Those of a repository's files that a model is made of: none in folders, which hold it in other formats."""
     top = sorted(name for name in names if "/" not in name)
     weights = _weights(top)
     if "config.json" not in top or not weights:
         raise ValueError(
-            f"cannot load model 'hf:{repo}': the repository has no config.json with model.safetensors or pytorch_model.bin, "
+            f"cannot load model {spec!r}: the repository has no config.json with model.safetensors or pytorch_model.bin, "
             "so it holds no model of transformers with weights that are safe to read; name another one"
         )
     suffixes = (*_SUFFIXES, ".py") if with_code else _SUFFIXES
     return [*(name for name in top if name.endswith(suffixes)), *weights]
 
 
-def _snapshot(repo: str, revision: str | None) -> Path | None:
+def _snapshot(repository: Repository) -> Path | None:
     """The directory of the cache for a revision, where some of its files are there."""
-    folder = _cache_folder(repo)
-    note = folder / "refs" / (revision or "main")
-    directory = folder / "snapshots" / (note.read_text().strip() if note.is_file() else revision or "main")
-    return directory if directory.is_dir() else None
-
-
-def _cache_folder(repo: str) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository.name, repo_type="model")
+    revision = repository.revision or constants.DEFAULT_REVISION
+    note = folder / "refs" / revision
+    directory = folder / "snapshots" / (note.read_text().strip() if note.is_file() else revision)
+    return directory if directory.is_dir() else None
 
 
-def _is_whole(repo: str, directory: Path, choose: Choice, besides: Sequence[str]) -> bool:
+def _is_whole(repository: Repository, directory: Path, choose: Choice, besides: Sequence[str]) -> bool:
     """Whether nothing is missing in a snapshot of the cache."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        names = [file.path for file in get_cached_repo_tree(repo, revision=directory.name)]
+        names = [file.path for file in get_cached_repo_tree(repository.name, revision=directory.name)]
     except CachedRepoTreeNotFoundError:  # another program has fetched it, file by file
         names = [path.name for path in directory.iterdir()]
         if besides and not set(besides).intersection(names):
@@ -282,7 +305,7 @@ def _is_whole(repo: str, directory: Path, choose: Choice, besides: Sequence[str]
         return False
 
 
-def _list(repo: str, revision: str | None, choose: Choice) -> tuple[str, Sequence[str]]:
+def _list(repository: Repository, choose: Choice) -> tuple[str, Sequence[str]]:
     """The commit that a revision is, and which of its files are needed.
 
     Raises:
@@ -292,14 +315,14 @@ def _list(repo: str, revision: str | None, choose: Choice) -> tuple[str, Sequenc
     from huggingface_hub.constants import DEFAULT_ETAG_TIMEOUT
 
     try:
-        info = HfApi().model_info(repo, revision=revision, timeout=DEFAULT_ETAG_TIMEOUT)
+        info = HfApi().model_info(repository.name, revision=repository.revision, timeout=DEFAULT_ETAG_TIMEOUT)
     except Exception as error:  # those of huggingface_hub and of its HTTP library share no class
-        raise ValueError(_explanation(error, repo, revision)) from error
+        raise ValueError(_explanation(error, repository)) from error
     assert info.sha is not None
     return info.sha, choose([file.rfilename for file in info.siblings or ()])
 
 
-def _download(repo: str, revision: str | None, names: Sequence[str], directory: Path | None = None) -> Path:
+def _download(repository: Repository, names: Sequence[str], directory: Path | None = None) -> Path:
     """Where the files are then: in a directory, or in the cache."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -308,12 +331,16 @@ def _download(repo: str, revision: str | None, names: Sequence[str], directory: 
         (enable_progress_bars if sys.stderr.isatty() else disable_progress_bars)()
     patterns = [glob.escape(name) for name in names]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_dir=directory))
+        return Path(
+            snapshot_download(
+                repository.name, revision=repository.revision, allow_patterns=patterns, local_dir=directory
+            )
+        )
     except Exception as error:  # those of huggingface_hub and of its HTTP library share no class
-        raise ValueError(_explanation(error, repo, revision, directory or constants.HF_HUB_CACHE)) from error
+        raise ValueError(_explanation(error, repository, directory or constants.HF_HUB_CACHE)) from error
 
 
-def _explanation(error: Exception, repo: str, revision: str | None, place: Path | str | None = None) -> str:
+def _explanation(error: Exception, repository: Repository, place: Path | str | None = None) -> str:
     """What went wrong and what to do, in one sentence.
 
     Args:
@@ -323,8 +350,7 @@ def _explanation(error: Exception, repo: str, revision: str | None, place: Path 
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # which tells more
-    spec = f"hf:{repo}@{revision}" if revision else f"hf:{repo}"
-    hub = constants.ENDPOINT
+    spec, repo, hub = repository.spec, repository.name, constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         return (
@@ -332,7 +358,7 @@ def _explanation(error: Exception, repo: str, revision: str | None, place: Path 
             "of that account"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"no model {spec!r}: {hub}/{repo} has no revision {revision!r}; name a branch, a tag or a whole commit of it"
+        return f"no model {spec!r}: {hub}/{repo} has no revision {repository.revision!r}; name a branch, a tag or a whole commit of it"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"no model {spec!r}: {repo!r} is no directory, and {hub} shows no such repository; check the name, and set "
@@ -352,12 +378,12 @@ def _explanation(error: Exception, repo: str, revision: str | None, place: Path 
         return f"cannot fetch model {spec!r}: {place} cannot be written to ({error}); set HF_HOME to a folder that can"
     if place:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        return f"the download of model {spec!r} from {hub} broke off ({reason}); try again, and it goes on where it stopped"
+        return f"the download of model {spec!r} from {hub} broke off ({reason}); try again, and it goes on with what is missing"
     why = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"{hub} cannot be reached"
     state = "is in the local Hugging Face cache in part only"
-    if _snapshot(repo, revision) is None:
+    if _snapshot(repository) is None:
         state = "is neither a directory nor in the local Hugging Face cache"
     return (
         f"no model {spec!r}: {repo!r} {state}, and {why}; fetch it on a machine with network, "
-        f"`beamsight fetch-model {spec} --to DIR`, and name hf:DIR"
+        f"`beamsight fetch-model {spec} --to DIR`, and name {spec.partition(':')[0]}:DIR"
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from vlm_ops.models import ImageBackbone, ImageModel, ModelInfo, TextBackbone, Tokenizer, hf_captioners
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel
+from vlm_ops.models.hf_preprocessing import is_naflex, load_image_processor, read_preprocessing
 from vlm_ops.models.hub import fetch_repository, is_directory, locate, read_json, revision_of
 from vlm_ops.models.settings import CPU, ModelSettings
 
@@ -51,7 +52,8 @@ def describe(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
         )
     revision = revision_of(directory, trusts)
     if kind == "dual encoder":
-        grid = () if _has_own_code(directory, model_type) else ("grid",)
+        # Code of a repository may give no tokens, and of images of many sizes there is no grid of one size.
+        grid = () if _has_own_code(directory, model_type) or model_type == "siglip2" else ("grid",)
         return ModelInfo(full_spec, revision, frozenset({"features", "embedding", *grid}))
     if kind == "image backbone":
         return ModelInfo(full_spec, revision, frozenset({"features", "grid"}), encodes_text=False)
@@ -59,20 +61,25 @@ def describe(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
 
 
 def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]) -> ImageModel:
-    from vlm_ops.models.hf_preprocessing import load_image_processor, read_preprocessing
-
     info = describe(spec, settings)
     if "caption" in info.produces:
         return hf_captioners.load_image_model(info, locate(spec)[0], settings, outputs)
     describe_image_model(spec, settings)
-    processor = load_image_processor(locate(spec)[0], settings.trust_remote_code)
+    towers, directory = _towers(spec, settings)
+    processor = load_image_processor(directory, settings.trust_remote_code)
+    if is_naflex(processor):
+        from vlm_ops.models.hf_dual_encoders import NaFlexImageModel
+
+        return NaFlexImageModel(info, processor, directory, settings, outputs)
     preprocessing = read_preprocessing(processor)
-    return BackboneImageModel(info, preprocessing, lambda: _image_backbone(spec, settings), settings, outputs)
+    return BackboneImageModel(info, preprocessing, lambda: towers.ImageTower(directory, settings), settings, outputs)
 
 
 def load_text_model(spec: str, settings: ModelSettings) -> BackboneTextModel:
     info = describe(spec, settings)
-    return BackboneTextModel(info, _tokenizer(spec, settings), lambda: _text_backbone(spec, settings), settings)
+    towers, directory = _towers(spec, settings)
+    tokenize = towers.load_tokenizer(directory, settings)
+    return BackboneTextModel(info, tokenize, lambda: towers.TextTower(directory, settings), settings)
 
 
 def fetch(spec: str, directory: Path, settings: ModelSettings) -> str | None:
@@ -87,54 +94,36 @@ def load_image_backbone(spec: str) -> ImageBackbone:
     ValueError: The model has no image side, or its weights or image processor are missing or do not fit.
     """
     describe_image_model(spec, CPU)
-    return _image_backbone(spec, CPU)
+    towers, directory = _towers(spec, CPU)
+    return towers.ImageTower(directory, CPU)
 
 
 def load_text_backbone(spec: str) -> TextBackbone:
     """Raises:
     ValueError: The weights are missing or do not fit.
     """
-    return _text_backbone(spec, CPU)
+    towers, directory = _towers(spec, CPU)
+    return towers.TextTower(directory, CPU)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """Raises:
     ValueError: There is none.
     """
-    return _tokenizer(spec, CPU)
+    towers, directory = _towers(spec, CPU)
+    return towers.load_tokenizer(directory, CPU)
 
 
-def _image_backbone(spec: str, settings: ModelSettings) -> Any:
-    directory, _ = locate(spec)
+def _towers(spec: str, settings: ModelSettings) -> tuple[Any, Path]:
+    """The module that has a model's image and text tower, and the model's directory."""
+    directory, _ = locate(spec, settings.trust_remote_code)
     if _kind(spec, directory, settings)[0] == "dual encoder":
         from vlm_ops.models import hf_dual_encoders
 
-        return hf_dual_encoders.ImageTower(directory, settings.trust_remote_code).eval()
+        return hf_dual_encoders, directory
     from vlm_ops.models import hf_backbones
 
-    return hf_backbones.ImageBackbone(directory).eval()
-
-
-def _text_backbone(spec: str, settings: ModelSettings) -> Any:
-    directory, _ = locate(spec)
-    if _kind(spec, directory, settings)[0] == "dual encoder":
-        from vlm_ops.models import hf_dual_encoders
-
-        return hf_dual_encoders.TextTower(directory, settings.trust_remote_code).eval()
-    from vlm_ops.models import hf_backbones
-
-    return hf_backbones.TextBackbone(directory).eval()
-
-
-def _tokenizer(spec: str, settings: ModelSettings) -> Tokenizer:
-    directory, _ = locate(spec)
-    if _kind(spec, directory, settings)[0] == "dual encoder":
-        from vlm_ops.models import hf_dual_encoders
-
-        return hf_dual_encoders.load_tokenizer(directory, settings.trust_remote_code)
-    from vlm_ops.models import hf_backbones
-
-    return hf_backbones.load_tokenizer(directory)
+    return hf_backbones, directory
 
 
 def describe_image_model(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
@@ -186,6 +175,12 @@ def _own_class(spec: str, directory: Path, settings: ModelSettings) -> Any:
             f"model {spec!r} runs code that lies in its repository; it can do whatever you can: read it, and allow it with "
             "--trust_remote_code if you trust it"
         )
+    reference = str(read_json(directory / "config.json")["auto_map"]["AutoModel"])
+    if "--" in reference:  # which would be neither pinned nor a part of the revision
+        raise ValueError(
+            f"model {spec!r} runs code of another repository, {reference.partition('--')[0]!r}, which is not supported; copy that "
+            "code beside the model, and name it in auto_map without the repository"
+        )
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    return get_class_from_dynamic_module(read_json(directory / "config.json")["auto_map"]["AutoModel"], directory)
+    return get_class_from_dynamic_module(reference, directory)

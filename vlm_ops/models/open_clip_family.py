@@ -1,12 +1,13 @@
 """`open_clip:ARCH/PRETRAINED` or `open_clip:DIRECTORY`: the dual encoders of open_clip, where `open_clip_torch` is installed.
 
 PRETRAINED is a tag that open_clip knows for the architecture (`open_clip:ViT-B-32/laion2b_s34b_b79k`), whose weights are
-fetched once into the Hugging Face cache, or the path of a file of weights. A directory holds `open_clip_config.json`,
-weights, and a tokenizer where the model has one of its own, as open_clip's repositories on the hub do.
+fetched once into the Hugging Face cache, or the path of a file of weights, whose images are prepared in open_clip's
+usual way. A directory holds `open_clip_config.json`, weights, and a tokenizer where the model has one of its own, as
+open_clip's repositories on the hub do.
 
-`embedding` is open_clip's own. `features` are what the image tower pools before its projection, `grid` the patch
-tokens, where the tower is of a kind that has them. Architecture by name and tag, preprocessing by `preprocess_cfg`, as
-in open_clip 3.3's factory.py, but for one thing: weights that were trained with QuickGELU are run with it.
+`embedding` is open_clip's own. `features` are what the image tower pools before its projection, or, where pooling
+projects (ResNets), the embedding before it is normalised; `grid` are the patch tokens of open_clip's own transformers.
+All is as in open_clip 3.3's factory.py, but for one thing: weights that were trained with QuickGELU are run with it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from vlm_ops.preprocessing import Preprocessing
 
 try:
     import open_clip
+    from open_clip.timm_model import TimmModel
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+    from open_clip.transformer import VisionTransformer
 except ImportError as error:
     raise ImportError(f"it needs open_clip_torch; pip install 'beamsight[open_clip]' ({error})") from error
 
@@ -132,19 +135,22 @@ def fetch(spec: str, directory: Path, settings: ModelSettings) -> str | None:
     if path.is_dir() or _weights_file(tag):
         _source(spec)
         return None
-    model, preprocess, repo, choose = _pretrained(spec, arch, tag)
+    model, preprocess, repository, choose = _pretrained(spec, arch, tag)
     hub.claim(directory, f"open_clip:{arch}/{tag}")
     if not (directory / CONFIG).is_file():
-        hub.download(repo, choose, directory)
+        hub.download(repository, choose, directory)
         text = model["text_cfg"]
         if "hf_tokenizer_name" in text:
-            hub.download(text["hf_tokenizer_name"], _tokenizer_files, directory)
+            hub.download(hub.Repository(text["hf_tokenizer_name"], spec), _tokenizer_files, directory)
         if "hf_model_name" in text:
-            hub.download(text["hf_model_name"], lambda names: ["config.json"], directory / _TEXT_TOWER)
+            hub.download(
+                hub.Repository(text["hf_model_name"], spec), lambda names: ["config.json"], directory / _TEXT_TOWER
+            )
         config = {"model_cfg": model, "preprocess_cfg": preprocess}
         scratch = directory / f"{CONFIG}.making"
         scratch.write_text(json.dumps(config, indent=2), encoding="utf-8")
         scratch.replace(directory / CONFIG)  # what is broken off before is no model yet
+        hub.tidy(directory)
     return f"open_clip:{directory.resolve()}"
 
 
@@ -168,14 +174,13 @@ class OpenClipImageBackbone(nn.Module):
         self.produces = produces
         if "grid" in produces:
             self.visual.output_tokens = True
-        if isinstance(self.visual, open_clip.transformer.VisionTransformer):
+        if isinstance(self.visual, VisionTransformer):
             self.projection, self.visual.proj = self.visual.proj, None
         with torch.no_grad():
             size = self.preprocessing.size
             outputs = self(torch.zeros(1, 3, size, size, dtype=torch.uint8))
         dims = {name: output.shape[-1] for name, output in outputs.items()}
-        self.feature_dim, self.grid_dim = dims.get("features", 0), dims.get("grid", 0)
-        self.embedding_dim = dims["embedding"]
+        self.feature_dim, self.grid_dim, self.embedding_dim = dims["features"], dims.get("grid", 0), dims["embedding"]
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = self._towers((pixels.float() / 255 - self.mean) / self.std)
@@ -183,15 +188,16 @@ class OpenClipImageBackbone(nn.Module):
         return {name: output for name, output in outputs.items() if name in self.produces}
 
     def _towers(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if hasattr(self, "projection"):
+        if isinstance(self.visual, VisionTransformer):
             output = self.visual(images)
             features, grid = output if isinstance(output, tuple) else (output, None)
             embedding = features if self.projection is None else features @ self.projection
             return {"features": features, "embedding": embedding} | ({} if grid is None else {"grid": grid})
-        if "features" in self.produces:
+        if isinstance(self.visual, TimmModel) and not hasattr(self.visual.head, "pool"):
             features = self.visual.trunk(images)
             return {"features": features, "embedding": self.visual.head(features)}
-        return {"embedding": self.visual(images)}
+        embedding = self.visual(images)
+        return {"features": embedding, "embedding": embedding}
 
 
 class OpenClipTextBackbone(nn.Module):
@@ -233,8 +239,8 @@ def _source(spec: str) -> _Source:
     if file := _weights_file(tag):
         model = _architecture(spec, arch)
         return _Source(f"open_clip:{arch}/{file}", model, {}, file)
-    model, preprocess, repo, choose = _pretrained(spec, arch, tag)
-    weights = hub.find(repo, None, choose)
+    model, preprocess, repository, choose = _pretrained(spec, arch, tag)
+    weights = hub.find(repository, choose)
     return _Source(
         f"open_clip:{arch}/{tag}", model, preprocess, next(weights / name for name in choose(_names(weights)))
     )
@@ -263,7 +269,7 @@ def _architecture(spec: str, arch: str) -> dict[str, Any]:
     return model
 
 
-def _pretrained(spec: str, arch: str, tag: str) -> tuple[dict[str, Any], dict[str, Any], str, hub.Choice]:
+def _pretrained(spec: str, arch: str, tag: str) -> tuple[dict[str, Any], dict[str, Any], hub.Repository, hub.Choice]:
     """`model_cfg`, `preprocess_cfg`, and which files of which repository hold the weights."""
     model = _architecture(spec, arch)
     cfg = open_clip.get_pretrained_cfg(arch, tag)
@@ -276,7 +282,7 @@ def _pretrained(spec: str, arch: str, tag: str) -> tuple[dict[str, Any], dict[st
     if cfg.get("quick_gelu"):
         model["quick_gelu"] = True
     repo, _, name = cfg["hf_hub"].rpartition("/")
-    return model, merge_preprocess_dict({}, cfg), repo, partial(_weights_in, spec, name)
+    return model, merge_preprocess_dict({}, cfg), hub.Repository(repo, spec), partial(_weights_in, spec, name)
 
 
 def _weights_in(spec: str, name: str, names: Sequence[str]) -> list[str]:
@@ -358,14 +364,18 @@ def _tokenizer(source: _Source) -> Any:
 
 
 def _tokenizer_folder(source: _Source) -> Path:
-    return source.directory or hub.find(source.model["text_cfg"]["hf_tokenizer_name"], None, _tokenizer_files)
+    return source.directory or hub.find(_repository(source, "hf_tokenizer_name"), _tokenizer_files)
+
+
+def _repository(source: _Source, key: str) -> hub.Repository:
+    return hub.Repository(source.model["text_cfg"][key], source.spec)
 
 
 def _text_tower(source: _Source) -> Path | str:
     """Where the configuration of a text tower of transformers is."""
     if source.directory and (source.directory / _TEXT_TOWER / "config.json").is_file():
         return source.directory / _TEXT_TOWER
-    return hub.find(source.model["text_cfg"]["hf_model_name"], None, lambda names: ["config.json"])
+    return hub.find(_repository(source, "hf_model_name"), lambda names: ["config.json"])
 
 
 def _context_length(source: _Source) -> int:
@@ -378,15 +388,9 @@ def _pad_id(tokenizer: Any) -> int:
 
 def _produces(vision: Mapping[str, Any]) -> frozenset[str]:
     """What an image tower gives, by its configuration."""
-    if "timm_model_name" in vision:
-        has_head = vision.get("timm_proj", "linear") in ("linear", "mlp")
-        pools_itself = vision.get("timm_pool", "avg") not in ("abs_attn", "rot_attn")
-        return frozenset({"features", "embedding"} if has_head and pools_itself else {"embedding"})
-    if isinstance(vision.get("layers", 12), list):
-        return frozenset({"embedding"})
-    if vision.get("attentional_pool"):
-        return frozenset({"features", "embedding"})
-    return frozenset({"features", "grid", "embedding"})
+    is_own_transformer = "timm_model_name" not in vision and not isinstance(vision.get("layers", 12), list)
+    has_tokens = is_own_transformer and not vision.get("attentional_pool")
+    return frozenset({"features", "embedding"} | ({"grid"} if has_tokens else set()))
 
 
 def _preprocess_cfg(source: _Source) -> PreprocessCfg:

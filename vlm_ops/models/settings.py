@@ -93,7 +93,7 @@ def resolved(settings: ModelSettings) -> ModelSettings:
     """
     check(settings)
     device = resolve_device(settings.device)
-    dtype = settings.dtype if settings.dtype != "auto" else _usual_dtype(device)
+    dtype = settings.dtype if settings.dtype != "auto" else usual_dtype(device)
     if device != "cpu":
         if dtype == "int8":
             raise ValueError("--dtype int8 is computed on CPUs; use bfloat16 or float16 on a GPU, or --device cpu")
@@ -167,7 +167,8 @@ def _check_device_name(device: str) -> None:
         raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N")
 
 
-def _usual_dtype(device: str) -> str:
+def usual_dtype(device: str) -> str:
+    """What `auto` means on a device: bfloat16 on a GPU that computes in it, float32 elsewhere."""
     return "bfloat16" if device != "cpu" and _has_bfloat16(device) else "float32"
 
 

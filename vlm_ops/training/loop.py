@@ -33,7 +33,7 @@ class LoopConfig:
             a tenth of it.
         averaging: Decay of the moving average of the weights, which is what is kept; 0 keeps the last ones.
         dtype: `float32` or `bfloat16` (autocast; the weights stay float32).
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda` or `cuda:N`.
         seed: Same seed, same result on the same machine.
     """
 
@@ -191,7 +191,7 @@ def _batches(num_images: int, batch_size: int, rng: np.random.Generator) -> Iter
 
 def _save(path: Path, parts: Mapping[str, Any], epochs: Sequence[Epoch], identity: Mapping[str, Any]) -> None:
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"random": _random_states(), "identity": dict(identity)}
+    state |= {"random": _random_states(identity["device"]), "identity": dict(identity)}
     state["epochs"] = [asdict(epoch) for epoch in epochs]
     with replacing(str(path)) as scratch:
         torch.save(state, scratch)
@@ -210,10 +210,10 @@ def _resume(path: Path, parts: Mapping[str, Any], identity: Mapping[str, Any]) -
         part.load_state_dict(state[name])
     torch.set_rng_state(state["random"][0])
     for on_gpu in state["random"][1:]:
-        torch.cuda.set_rng_state(on_gpu)
+        torch.cuda.set_rng_state(on_gpu, identity["device"])
     return [Epoch(**epoch) for epoch in state["epochs"]]
 
 
-def _random_states() -> list[torch.Tensor]:
-    """Of the CPU, and of the GPU where one is used."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+def _random_states(device: str) -> list[torch.Tensor]:
+    """Of the CPU, and of the GPU that is used, if any."""
+    return [torch.get_rng_state(), *([] if device == "cpu" else [torch.cuda.get_rng_state(device)])]
