@@ -47,7 +47,9 @@ class Parrot:
         self.taught: list[tuple[dict[str, torch.Tensor], list[list[str]], float]] = []
         self.writer = self
 
-    def write(self, inputs: Mapping[str, torch.Tensor], num_beams: int) -> list[list[Hypothesis]]:
+    def write(
+        self, inputs: Mapping[str, torch.Tensor], num_beams: int, num_wanted: int | None = None
+    ) -> list[list[Hypothesis]]:
         return [[Hypothesis(next(self.texts), -1.0)] for _ in inputs["features"]]
 
     def loss(
