@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vlm_ops.models import Tokenizer
 from vlm_ops.models.backbones import tokenizer_of
 from vlm_ops.models.hf_preprocessing import load_image_processor, normalisation, read_preprocessing
-from vlm_ops.models.hub import read_json
+from vlm_ops.models.hub import quiet, read_json
 from vlm_ops.models.settings import CPU, ModelSettings
 
 # Their positions are numbered from behind the padding id, so that the first of them are never used.
@@ -148,16 +148,15 @@ def pretrained(directory: Path, settings: ModelSettings = CPU) -> Any:
         ValueError: The weights do not fit the configuration.
     """
     from transformers import AutoModel
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    net, loading = AutoModel.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        weights_only=True,
-        trust_remote_code=settings.trust_remote_code,
-        output_loading_info=True,
-    )
+    with quiet():
+        net, loading = AutoModel.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            weights_only=True,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+        )
     missing = sorted(loading["missing_keys"])
     if any(name.startswith("pooler.") for name in missing):
         net.pooler = None  # a classifier's checkpoint has none, and transformers has made a random one
