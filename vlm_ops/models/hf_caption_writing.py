@@ -33,7 +33,7 @@ from vlm_ops.images import preprocess
 from vlm_ops.models import Caption, ImageEncoding, ModelInfo
 from vlm_ops.models.hf_captioners import no_chat_template
 from vlm_ops.models.hf_preprocessing import normalisation, read_preprocessing
-from vlm_ops.models.hub import quiet
+from vlm_ops.models.hub import BROKEN_WEIGHTS, quiet
 from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
@@ -296,7 +296,7 @@ def _load_model(directory: Path, dtype: torch.dtype, trust_remote_code: bool) ->
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory, dtype=dtype, weights_only=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (*BROKEN_WEIGHTS, ImportError) as error:
         raise ValueError(f"captioner {str(directory)!r} cannot be loaded: {_first_line(error)}") from error
     model, loading = loaded
     missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _MAY_LACK))

@@ -23,7 +23,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+
+from safetensors import SafetensorError
 
 from vlm_ops.models.backbones import sha256_of
 
@@ -210,6 +213,10 @@ def weights_of(directory: Path) -> list[Path]:
             f"the model in {str(directory)!r} lacks {', '.join(missing[:3])} of its weights; copy all of its files there"
         )
     return [directory / name for name in found]
+
+
+# What reading weights raises, by whatever of them is broken.
+BROKEN_WEIGHTS = (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError)
 
 
 @contextmanager

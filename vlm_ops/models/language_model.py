@@ -33,7 +33,7 @@ from transformers import (
 from vlm_ops.models import hf_backbones, huggingface
 from vlm_ops.models.captioner import Hypothesis
 from vlm_ops.models.hf_preprocessing import load_image_processor, normalisation, read_preprocessing
-from vlm_ops.models.hub import locate, quiet, read_json
+from vlm_ops.models.hub import BROKEN_WEIGHTS, locate, quiet, read_json
 from vlm_ops.models.standardised import Standardised
 from vlm_ops.preprocessing import Preprocessing
 
@@ -432,7 +432,7 @@ def _pretrained(architecture: Any, directory: Path, config: Any, may_lack: Seque
             model, loading = architecture.from_pretrained(
                 directory, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True
             )
-    except OSError as error:
+    except BROKEN_WEIGHTS as error:
         raise ValueError(
             f"the model in {str(directory)!r} has no weights that can be read (model.safetensors); save_pretrained "
             "writes them"
