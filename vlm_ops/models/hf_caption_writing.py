@@ -296,8 +296,12 @@ def _load_model(directory: Path, dtype: torch.dtype, trust_remote_code: bool) ->
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory, dtype=dtype, weights_only=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (*BROKEN_WEIGHTS, ImportError) as error:
+    except ImportError as error:
         raise ValueError(f"captioner {str(directory)!r} cannot be loaded: {_first_line(error)}") from error
+    except BROKEN_WEIGHTS as error:
+        raise ValueError(
+            f"captioner {str(directory)!r} cannot be loaded: {_first_line(error)}; copy or fetch the whole model anew"
+        ) from error
     model, loading = loaded
     missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _MAY_LACK))
     if missing:
