@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import apache_beam as beam
+from apache_beam.utils.shared import Shared
 
 from pipelines.options import BuildOptions, RetryOptions, model_settings
 from pipelines.progress import Progress
@@ -19,7 +20,7 @@ from schemas.manifests import RunManifest
 from schemas.recipes import Recipe
 from vlm_ops import storage
 from vlm_ops.contents import write_known_contents
-from vlm_ops.enrich import EnrichConfig
+from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.pages import write_run_report
 from vlm_ops.planning import Plan, rows_leaving
 from vlm_ops.publishing import PublishConfig
@@ -85,8 +86,11 @@ def execute(run: Run, state: CatalogState) -> int:
     )
     pipeline = beam.Pipeline(options=beam_options(how.runner, how.num_workers, how.beam_args))
     shards = pipeline | "Shards" >> beam.Create(run.plan.shards)
-    _ = shards | "Enrich" >> EnrichShards(enrich) | "Publish" >> PublishRun(publish)
+    enricher = Shared()
+    _ = shards | "Enrich" >> EnrichShards(enrich, enricher) | "Publish" >> PublishRun(publish)
     try:
+        # A model that cannot be loaded is a mistake of the command, and known before any work where that is done here.
+        _loaded = enricher.acquire(lambda: Enricher(enrich)) if how.runner == "local" and run.plan.shards else None
         with Progress(run_id, run.plan.shards, title=run.action):
             run_to_end(pipeline)
     finally:

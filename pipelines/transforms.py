@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import apache_beam as beam
@@ -35,15 +35,17 @@ class EnrichShards(beam.PTransform):
 
     Args:
         config: What to compute, and where to.
+        shared: What models are loaded by; a launcher that is a worker too may have loaded them.
     """
 
     config: EnrichConfig
+    shared: Shared = field(default_factory=Shared)
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def expand(self, shards: beam.PCollection) -> beam.PCollection:
-        return shards | beam.Reshuffle() | beam.ParDo(EnrichShardDoFn(self.config, Shared()))
+        return shards | beam.Reshuffle() | beam.ParDo(EnrichShardDoFn(self.config, self.shared))
 
 
 class EnrichShardDoFn(beam.DoFn):

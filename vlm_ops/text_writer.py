@@ -31,7 +31,7 @@ from vlm_ops import text_rules
 from vlm_ops.batch_limits import is_out_of_memory, release_cached_memory
 from vlm_ops.mentions import words
 from vlm_ops.models import language_model
-from vlm_ops.models.hub import locate, read_json, revision_of
+from vlm_ops.models.hub import BROKEN_WEIGHTS, locate, quiet, read_json, revision_of
 from vlm_ops.models.settings import resolve_device
 from vlm_ops.plain_text import plain, shorten
 from vlm_ops.tag_texts import DECORATIVE, FEW_KEYWORDS, MIN_LABEL_SCORE, NOTHING_KNOWN, slug
@@ -137,7 +137,7 @@ class TextWriter:
         tokenizer, full_spec = _load_tokenizer(spec)
         where = resolve_device(device)
         directory = language_model._directory(spec)
-        with language_model._quiet():
+        with quiet():
             try:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     directory,
@@ -146,7 +146,7 @@ class TextWriter:
                     trust_remote_code=False,
                     output_loading_info=True,
                 )
-            except (OSError, ValueError, RuntimeError) as error:
+            except BROKEN_WEIGHTS as error:
                 raise ValueError(f"text model {spec!r} cannot be loaded: {_first_line(error)}") from error
         model, loading = loaded
         if missing := sorted(loading["missing_keys"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,22 @@ def test_mistakes_end_before_any_work(
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "catalog" / "images").exists()
+
+
+def test_a_model_that_cannot_be_loaded_is_a_mistake(
+    photos: Path, specs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name, message in (("vit", "the weights in"), ("torchvision", "cannot read the weights in"), ("git", "copy or fetch the whole model anew")):
+        family, _, path = specs[name].rpartition(":")
+        source, broken = Path(path), tmp_path / name
+        shutil.copytree(source if source.is_dir() else source.parent, broken)
+        weights = next(each for each in broken.iterdir() if each.suffix in (".safetensors", ".pth"))
+        weights.write_bytes(weights.read_bytes()[:-40])
+        ops = "caption" if name == "git" else "features"
+        spec = f"{family}:{broken if source.is_dir() else weights}"
+        assert build(photos, tmp_path / "c", "--ops", ops, "--model", spec) == 2, name
+        error = capsys.readouterr().err
+        assert message in error and str(tmp_path) in error and "Traceback" not in error
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vlm_ops.models import Tokenizer
 from vlm_ops.models.backbones import tokenizer_of
 from vlm_ops.models.hf_preprocessing import load_image_processor, normalisation, read_preprocessing
-from vlm_ops.models.hub import read_json
+from vlm_ops.models.hub import BROKEN_WEIGHTS, quiet, read_json
 from vlm_ops.models.settings import CPU, ModelSettings
 
 # Their positions are numbered from behind the padding id, so that the first of them are never used.
@@ -145,19 +145,24 @@ def pretrained(directory: Path, settings: ModelSettings = CPU) -> Any:
     """The `AutoModel` in float32, without a pooler that was never trained.
 
     Raises:
-        ValueError: The weights do not fit the configuration.
+        ValueError: The weights cannot be read, or do not fit the configuration.
     """
     from transformers import AutoModel
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    net, loading = AutoModel.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        weights_only=True,
-        trust_remote_code=settings.trust_remote_code,
-        output_loading_info=True,
-    )
+    try:
+        with quiet():
+            net, loading = AutoModel.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                weights_only=True,
+                trust_remote_code=settings.trust_remote_code,
+                output_loading_info=True,
+            )
+    except BROKEN_WEIGHTS as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"the weights in {str(directory)!r} cannot be read ({reason}); copy or fetch the whole model anew"
+        ) from error
     missing = sorted(loading["missing_keys"])
     if any(name.startswith("pooler.") for name in missing):
         net.pooler = None  # a classifier's checkpoint has none, and transformers has made a random one

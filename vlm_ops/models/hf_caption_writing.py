@@ -13,8 +13,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,12 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transformers.utils import logging as transformers_logging
 
 from vlm_ops.images import preprocess
 from vlm_ops.models import Caption, ImageEncoding, ModelInfo
 from vlm_ops.models.hf_captioners import no_chat_template
 from vlm_ops.models.hf_preprocessing import normalisation, read_preprocessing
+from vlm_ops.models.hub import BROKEN_WEIGHTS, quiet
 from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
@@ -85,7 +84,7 @@ class HuggingFaceCaptioner:
         self.info = info
         self._device = settings.device
         self._dtype = getattr(torch, settings.dtype)
-        with _quiet():
+        with quiet():
             processor = _load_processor(directory, kind, settings.trust_remote_code)
             self._asked = _Asked(processor, kind, way, prompt, directory)
             self._squares = _squares_of(self._asked)
@@ -96,7 +95,7 @@ class HuggingFaceCaptioner:
         # One batch at a time on a GPU: other threads decode meanwhile. On a CPU each thread uses its own core.
         self._lock = None if settings.is_cpu else threading.Lock()
         if writes:
-            with _quiet():
+            with quiet():
                 self._model = _load_model(directory, self._dtype, settings.trust_remote_code)
                 self._model.eval().requires_grad_(False).to(self._device)
             # Of how it generates, all is set on purpose.
@@ -297,8 +296,12 @@ def _load_model(directory: Path, dtype: torch.dtype, trust_remote_code: bool) ->
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory, dtype=dtype, weights_only=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except ImportError as error:
         raise ValueError(f"captioner {str(directory)!r} cannot be loaded: {_first_line(error)}") from error
+    except BROKEN_WEIGHTS as error:
+        raise ValueError(
+            f"captioner {str(directory)!r} cannot be loaded: {_first_line(error)}; copy or fetch the whole model anew"
+        ) from error
     model, loading = loaded
     missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _MAY_LACK))
     if missing:
@@ -360,18 +363,6 @@ class _Likeliest(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.log_probs.append(scores.float().log_softmax(-1).amax(-1))
         return scores
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what transformers says of a model while it loads; what matters is looked at here."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def _first_line(error: BaseException) -> str:

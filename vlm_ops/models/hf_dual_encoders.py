@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlm_ops.models import ImageEncoding, ModelInfo, Tokenizer
+from vlm_ops.models.backbones import make_forward
 from vlm_ops.models.hf_backbones import Normalised, cells, max_tokens, num_special_tokens, pretrained
 from vlm_ops.models.settings import CPU, ModelSettings
-from vlm_ops.models.torch_engine import TorchEngine
 from vlm_ops.preprocessing import Preprocessing
 
 # Trained on texts that are padded to the full length, and without a mask: google/siglip-* by their model cards, ALIGN
@@ -110,22 +110,26 @@ class NaFlexImageModel:
             )
         net = pretrained(directory, settings)
         _drop(net, "text")
-        self._engine = TorchEngine(_Patches(net), replace(settings, engine="torch", compile=False), (0,))
+        blank = np.zeros((3, 32, 32), np.uint8)
+        self._forward = make_forward(
+            info.spec, lambda: _Patches(net), self._patches([blank, blank]), {}, replace(settings, engine="torch")
+        )
 
     def encode_images(self, pixels: Sequence[np.ndarray]) -> ImageEncoding:
         """Of a list of n uint8[3, h, w]."""
         if not self._outputs:
             return ImageEncoding()
-        images = list(pixels) or [np.zeros((3, 16, 16), np.uint8)]
-        inputs = self._processor(images, input_data_format="channels_first", return_tensors="np")
-        names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-        (features,) = self._engine.run({name: np.asarray(inputs[name]) for name in names})
+        (features,) = self._forward(self._patches(list(pixels) or [np.zeros((3, 16, 16), np.uint8)]))
         features = features[: len(pixels)]
         embeddings = features / np.linalg.norm(features, axis=1, keepdims=True).clip(min=1e-12)
         return ImageEncoding(
             features=features if "features" in self._outputs else None,
             embeddings=embeddings if "embedding" in self._outputs else None,
         )
+
+    def _patches(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        inputs = self._processor(list(images), input_data_format="channels_first", return_tensors="np")
+        return {name: np.asarray(inputs[name]) for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
 
 
 class _Patches(nn.Module):

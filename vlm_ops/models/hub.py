@@ -19,10 +19,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+
+from safetensors import SafetensorError
 
 from vlm_ops.models.backbones import sha256_of
 
@@ -209,6 +213,24 @@ def weights_of(directory: Path) -> list[Path]:
             f"the model in {str(directory)!r} lacks {', '.join(missing[:3])} of its weights; copy all of its files there"
         )
     return [directory / name for name in found]
+
+
+# What reading weights raises, by whatever of them is broken.
+BROKEN_WEIGHTS = (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers says of a model while it loads; what matters is looked at here."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,11 @@ from transformers import (
     GenerationConfig,
     VisionEncoderDecoderModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from vlm_ops.models import hf_backbones, huggingface
 from vlm_ops.models.captioner import Hypothesis
 from vlm_ops.models.hf_preprocessing import load_image_processor, normalisation, read_preprocessing
-from vlm_ops.models.hub import locate, read_json
+from vlm_ops.models.hub import BROKEN_WEIGHTS, locate, quiet, read_json
 from vlm_ops.models.standardised import Standardised
 from vlm_ops.preprocessing import Preprocessing
 
@@ -387,7 +385,7 @@ def writer_from(description: Mapping[str, Any], path: Path) -> CrossAttentionWri
 
 def _joined(encoder: Any, language_model: Any) -> VisionEncoderDecoderModel:
     # Not from_encoder_decoder_pretrained: in transformers 5.23 it asks GPT2Config for an attribute it has lost.
-    with _quiet():
+    with quiet():
         return VisionEncoderDecoderModel(encoder=encoder, decoder=language_model)
 
 
@@ -433,11 +431,11 @@ def _configuration(directory: Path) -> Any:
 def _pretrained(architecture: Any, directory: Path, config: Any, may_lack: Sequence[str]) -> Any:
     """A model in float32 whose weights lack at most those with such a part in their name."""
     try:
-        with _quiet():
+        with quiet():
             model, loading = architecture.from_pretrained(
                 directory, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True
             )
-    except OSError as error:
+    except BROKEN_WEIGHTS as error:
         raise ValueError(
             f"the model in {str(directory)!r} has no weights that can be read (model.safetensors); save_pretrained "
             "writes them"
@@ -455,18 +453,6 @@ def _tokenizer(directory: Path) -> Any:
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the report of transformers on missing weights, which are looked at here."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def _first(*ids: int | None) -> Any:
