@@ -38,6 +38,11 @@ def run(options: BuildOptions) -> int:
     catalog = CatalogLayout(storage.normalise(options.catalog))
     storage.check_writable(catalog.root, options.storage_options)
     recipe = recipe_of(options, plan_ops(options.ops or ("default",), model_choice(options)))
+    if recipe.encoder is None and options.ops is None:
+        logger.warning(
+            "%s makes no embeddings, so the catalog cannot be searched; --embedding_model names one that does",
+            options.model,
+        )
     listing = list_inputs(input_config(options, options.input))
     _check_inputs(listing, catalog, options)
     state = current_state(catalog, options.storage_options)

@@ -48,7 +48,7 @@ def describe(catalog: CatalogLayout, storage_options: storage.StorageOptions) ->
         "failures": dict(failures.most_common()),
         "recipe": {
             "recipe_id": recipe.recipe_id,
-            "ops": {op.name: f"{op.model}@{op.revision}" if op.model else op.revision for op in recipe.ops},
+            "ops": {op.name: op.told if op.model else op.revision for op in recipe.ops},
             "max_image_bytes": recipe.max_image_bytes,
             "max_image_pixels": recipe.max_image_pixels,
             "schema_version": recipe.schema_version,

@@ -17,7 +17,7 @@ from schemas.tables import RESULTS
 from vlm_ops import storage
 from vlm_ops.faiss_index import OpenIndex, open_index
 from vlm_ops.models import ModelInfo, describe_model, load_image_model, load_text_model
-from vlm_ops.models.settings import ModelSettings
+from vlm_ops.models.settings import ModelSettings, resolve_device
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ def run(options: SearchOptions) -> int:
         FileNotFoundError: There is no catalog, or no such query file.
         ValueError: The catalog was built by another encoder, or a query image cannot be decoded.
     """
+    settings = model_settings(options)
+    if options.device != "auto":  # which takes torch, and seconds, to find out
+        resolve_device(options.device)
     catalog = CatalogLayout(storage.normalise(options.catalog))
     texts = list(options.query) + (_read_queries(options.queries, options) if options.queries else [])
     index = open_index(catalog, options.storage_options)
-    settings = model_settings(options)
     encoder = _encoder(index.manifest, options.model, catalog, settings)
     queries = [(text, False) for text in texts] + [(image, True) for image in options.image]
     vectors = np.concatenate(

@@ -35,7 +35,7 @@ from vlm_ops.categories import CategoryScorer, calibrate
 from vlm_ops.category_calibration import CategoryCalibration
 from vlm_ops.delta_tables import LivePart
 from vlm_ops.image_evidence import columns_needed, embeddings_of, evidence_of
-from vlm_ops.models.settings import CPU
+from vlm_ops.models.settings import CPU, resolve_device
 from vlm_ops.ops import check_installed
 from vlm_ops.run_manifests import new_run_id
 from vlm_ops.states import existing_state
@@ -62,6 +62,8 @@ def run(options: TagOptions) -> int:
         FileNotFoundError: There is no catalog, or no such taxonomy, mapping or calibration.
         ValueError: One of these is not valid, or the catalog's encoder is not the one that is installed.
     """
+    if options.device != "auto":
+        resolve_device(options.device)
     catalog, storage_options = CatalogLayout(storage.normalise(options.catalog)), options.storage_options
     state, tags = existing_state(catalog, storage_options), tag_state(catalog, storage_options)
     assert state.commit is not None

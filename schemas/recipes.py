@@ -34,6 +34,11 @@ class OpSpec:
     revision: str | None = None
     settings: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def told(self) -> str:
+        """Model, revision and settings, for a person."""
+        return f"{self.model}@{self.revision}" + "".join(f" {name}={value}" for name, value in self.settings)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -80,9 +85,7 @@ class Recipe:
         told += [f"op {name} left out" for name in mine if name not in theirs]
         told += list(
             dict.fromkeys(
-                f"model {_told(mine[name])} -> {_told(op)}"
-                if op.model
-                else f"op {name} {mine[name].revision} -> {op.revision}"
+                _told_change(mine[name], op) if op.model else f"op {name} {mine[name].revision} -> {op.revision}"
                 for name, op in theirs.items()
                 if name in mine and mine[name] != op
             )
@@ -102,6 +105,8 @@ def _op_from(values: dict) -> OpSpec:
     return OpSpec(**{**values, "settings": tuple(tuple(pair) for pair in values.get("settings", ()))})
 
 
-def _told(op: OpSpec) -> str:
-    settings = "".join(f" {name}={value}" for name, value in op.settings)
-    return f"{op.model}@{op.revision}{settings}"
+def _told_change(old: OpSpec, new: OpSpec) -> str:
+    if (old.model, old.revision) != (new.model, new.revision):
+        return f"model {old.told} -> {new.told}"
+    settings = (" ".join(f"{name}={value}" for name, value in op.settings) or "as usual" for op in (old, new))
+    return f"model {new.model}: {' -> '.join(settings)}"

@@ -259,6 +259,8 @@ def default_ops(models: ModelChoice) -> tuple[str, ...]:
         ValueError: There is no such model.
     """
     capabilities = {name: op_class(name).capability for name in DEFAULT_OPS}
+    if not models.of_ops and not describe_model(models.spec, models.settings).produces:
+        raise ValueError(f"model {models.spec!r} encodes texts alone and serves no op; name a model of images")
     return tuple(
         name
         for name, capability in capabilities.items()
@@ -296,6 +298,8 @@ def plan_ops(names: Iterable[str], models: ModelChoice | str) -> tuple[OpSpec, .
             can = ", ".join(sorted(info.produces)) or "texts alone"
             raise ValueError(f"model {models.spec_of(name)!r} cannot serve op {name!r}; it serves: {can}")
         settings = recorded(models.settings, name)
+        if info.produces == {"caption"}:  # it is no tower
+            settings = tuple(pair for pair in settings if pair[0] != "engine")
         _check_taken(info, settings)
         revision = info.revision if revision is None else f"{info.revision}+{revision}"
         specs.append(OpSpec(name, info.spec, revision, settings))
@@ -347,7 +351,8 @@ def _check_revision(spec: OpSpec, settings: ModelSettings) -> None:
         here = f"{spec.model or spec.name}@{installed.revision}"
         raise ValueError(
             f"the recipe asks for {of_what}@{spec.revision}, but {here} is installed here; "
-            "install the same version of beamsight and of its model packages on launcher and workers"
+            "install the same version of beamsight and of its model packages on launcher and workers, or, where the model's files "
+            "have changed, put them back or build the catalog anew"
         )
 
 

@@ -117,6 +117,8 @@ def test_a_prompt_is_followed_and_kept(photos: Path, specs: dict[str, str], tmp_
         ("--ops caption --caption_prompt x", "model 'compact' does not follow --caption_prompt x; it takes --num_beams"),
         ("--device cuda", "--device cuda was asked for, but no CUDA device is available here"),
         ("--device cuda:1", "--device cuda:1 was asked for, but no CUDA device is available here"),
+        ("--model {bert}", "encodes texts alone and serves no op; name a model of images"),
+        ("--model dir:{clip_path}", "is one of transformers; name it hf:"),
         ("--device tpu", "unknown device 'tpu'; use auto, cpu, cuda or cuda:N"),
         ("--dtype float16", "--dtype float16 is for GPUs"),
         ("--dtype int8 --engine torch", "--dtype int8 is computed by ONNX Runtime"),
@@ -131,7 +133,7 @@ def test_mistakes_end_before_any_work(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     try:
-        code = build(photos, tmp_path / "catalog", *flags.format(**specs).split())
+        code = build(photos, tmp_path / "catalog", *flags.format(**specs, clip_path=specs["clip"][3:]).split())
     except SystemExit as end:
         code = int(end.code or 0)
     assert code == 2
@@ -143,7 +145,11 @@ def test_mistakes_end_before_any_work(
 def test_a_model_that_cannot_be_loaded_is_a_mistake(
     photos: Path, specs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for name, message in (("vit", "the weights in"), ("torchvision", "cannot read the weights in"), ("git", "copy or fetch the whole model anew")):
+    for name, message in (
+        ("vit", "the weights in"),
+        ("torchvision", "cannot read the weights in"),
+        ("git", "copy or fetch the whole model anew"),
+    ):
         family, _, path = specs[name].rpartition(":")
         source, broken = Path(path), tmp_path / name
         shutil.copytree(source if source.is_dir() else source.parent, broken)
@@ -154,6 +160,30 @@ def test_a_model_that_cannot_be_loaded_is_a_mistake(
         assert build(photos, tmp_path / "c", "--ops", ops, "--model", spec) == 2, name
         error = capsys.readouterr().err
         assert message in error and str(tmp_path) in error and "Traceback" not in error
+
+
+def test_what_would_be_wrong_in_silence_is_refused(
+    photos: Path, specs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name, ops in (("clip", "embedding"), ("git", "caption")):
+        for file in Path(shutil.copytree(specs[name][3:], tmp_path / name)).glob("tokenizer*"):
+            file.unlink()
+        assert build(photos, tmp_path / "c", "--ops", "quality", "--model", f"hf:{tmp_path / name}") == 0
+        assert build(photos, tmp_path / name / "c", "--ops", ops, "--model", f"hf:{tmp_path / name}") == 2
+        assert "tokenizer" in capsys.readouterr().err
+    # Weights that are no numbers: each image fails by itself, and nothing is published.
+    path = Path(shutil.copytree(specs["vit"][3:], tmp_path / "nan"))
+    net = transformers.ViTModel.from_pretrained(path)
+    net.layernorm.bias.data[:] = float("nan")
+    net.save_pretrained(path)
+    assert build(photos, tmp_path / "nan" / "c", "--ops", "features", "--model", f"hf:{path}") == 3
+    assert "gives numbers that are not finite: its weights are broken" in capsys.readouterr().err
+    # Text queries are encoded on the CPU, and yet a device that is not there is said not to be.
+    catalog = tmp_path / "catalog"
+    assert build(photos, catalog, "--ops", "embedding", "--model", "python:tests.toys") == 0
+    for command in (["search", str(catalog), "red"], ["tag", str(catalog)]):
+        assert main([*command, "--device", "cuda:7"]) == 2
+        assert "--device cuda:7 was asked for" in capsys.readouterr().err
 
 
 @pytest.fixture

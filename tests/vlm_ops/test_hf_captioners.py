@@ -393,8 +393,8 @@ def test_chat_without_a_template(folder: Path, tmp_path: Path) -> None:
     [
         ("blip", ["processor_config.json"], "has no processor .*save the one it was trained with there"),
         ("vit_gpt2", ["preprocessor_config.json"], "has no processor"),
-        ("vit_gpt2", ["tokenizer.json", "tokenizer_config.json"], "has no processor that can be read"),
-        ("llava", ["tokenizer.json", "tokenizer_config.json"], "has no processor that can be read"),
+        ("vit_gpt2", ["tokenizer.json", "tokenizer_config.json"], "has no tokenizer .tokenizer.json."),
+        ("llava", ["tokenizer.json", "tokenizer_config.json"], "has no tokenizer .tokenizer.json."),
         ("blip", ["model.safetensors"], "has no weights: there is no model.safetensors"),
     ],
 )

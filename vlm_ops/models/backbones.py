@@ -96,6 +96,11 @@ class BackboneImageModel:
         chunks = [np.ascontiguousarray(pixels[start : start + step]) for start in range(0, len(pixels), step)]
         outputs = zip(*(self._forward({"pixels": chunk}) for chunk in chunks), strict=True)
         arrays = {name: np.concatenate(parts) for name, parts in zip(self._names, outputs, strict=True)}
+        # One number that is none makes all of an image's so; only then is it looked at which image that is.
+        if not all(np.isfinite(array[..., 0]).all() for array in arrays.values()):
+            raise FloatingPointError(
+                f"{self.info.spec} gives numbers that are not finite: its weights are broken, or --dtype is too small for it"
+            )
         for name in arrays.keys() & _UNIT_NORMS.keys() if not self._is_exact else ():
             arrays[name] /= np.linalg.norm(arrays[name], _UNIT_NORMS[name], axis=1, keepdims=True)
         return {FIELDS[name]: array for name, array in arrays.items()}

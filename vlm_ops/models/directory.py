@@ -66,6 +66,8 @@ class ModelDirectory:
         except ValueError as error:
             raise ValueError(f"the model in {str(path)!r} cannot be read: {CONFIG}: {error}") from error
         self.kind = self.config.get("kind")
+        if self.kind is None and "model_type" in self.config:
+            raise ValueError(f"the model in {str(path)!r} is one of transformers; name it hf:{path}")
         if self.kind not in _KINDS:
             raise ValueError(f"the model in {str(path)!r} is a {self.kind!r}, which this version cannot load")
         if not (path / WEIGHTS).is_file():

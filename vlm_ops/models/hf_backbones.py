@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vlm_ops.models import Tokenizer
 from vlm_ops.models.backbones import tokenizer_of
 from vlm_ops.models.hf_preprocessing import load_image_processor, normalisation, read_preprocessing
-from vlm_ops.models.hub import BROKEN_WEIGHTS, quiet, read_json
+from vlm_ops.models.hub import BROKEN_WEIGHTS, quiet, read_json, why_unreadable
 from vlm_ops.models.settings import CPU, ModelSettings
 
 # Their positions are numbered from behind the padding id, so that the first of them are never used.
@@ -159,9 +159,8 @@ def pretrained(directory: Path, settings: ModelSettings = CPU) -> Any:
                 output_loading_info=True,
             )
     except BROKEN_WEIGHTS as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"the weights in {str(directory)!r} cannot be read ({reason}); copy or fetch the whole model anew"
+            f"the weights in {str(directory)!r} cannot be read ({why_unreadable(error)}); copy or fetch the whole model anew"
         ) from error
     missing = sorted(loading["missing_keys"])
     if any(name.startswith("pooler.") for name in missing):

@@ -33,7 +33,7 @@ from vlm_ops.images import preprocess
 from vlm_ops.models import Caption, ImageEncoding, ModelInfo
 from vlm_ops.models.hf_captioners import no_chat_template
 from vlm_ops.models.hf_preprocessing import normalisation, read_preprocessing
-from vlm_ops.models.hub import BROKEN_WEIGHTS, quiet
+from vlm_ops.models.hub import BROKEN_WEIGHTS, check_tokenizer, quiet, why_unreadable
 from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
@@ -264,6 +264,7 @@ class _TwoProcessors:
 
 def _load_processor(directory: Path, kind: str, trust_remote_code: bool) -> Any:
     load = {"trust_remote_code": trust_remote_code}
+    check_tokenizer(directory, trust_remote_code)
     try:
         if kind == "vision-encoder-decoder":
             processor: Any = _TwoProcessors(
@@ -300,7 +301,7 @@ def _load_model(directory: Path, dtype: torch.dtype, trust_remote_code: bool) ->
         raise ValueError(f"captioner {str(directory)!r} cannot be loaded: {_first_line(error)}") from error
     except BROKEN_WEIGHTS as error:
         raise ValueError(
-            f"captioner {str(directory)!r} cannot be loaded: {_first_line(error)}; copy or fetch the whole model anew"
+            f"captioner {str(directory)!r} cannot be loaded: {why_unreadable(error)}; copy or fetch the whole model anew"
         ) from error
     model, loading = loaded
     missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _MAY_LACK))

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from vlm_ops.models import ImageEncoding, ModelInfo, Tokenizer
 from vlm_ops.models.backbones import make_forward
 from vlm_ops.models.hf_backbones import Normalised, cells, max_tokens, num_special_tokens, pretrained
+from vlm_ops.models.hub import check_tokenizer, quiet
 from vlm_ops.models.settings import CPU, ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
@@ -152,7 +153,8 @@ def load_tokenizer(directory: Path, settings: ModelSettings = CPU) -> Tokenizer:
     from transformers import AutoConfig
 
     tokenizer = _tokenizer(directory, settings)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=settings.trust_remote_code)
+    with quiet():
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=settings.trust_remote_code)
     longest = max_tokens(directory, getattr(config, "text_config", config).to_dict())
     is_padded = config.model_type in _PADDED_TO
     if is_padded:
@@ -175,6 +177,7 @@ def load_tokenizer(directory: Path, settings: ModelSettings = CPU) -> Tokenizer:
 def _tokenizer(directory: Path, settings: ModelSettings) -> Any:
     from transformers import AutoTokenizer
 
+    check_tokenizer(directory, settings.trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:

@@ -215,6 +215,28 @@ def weights_of(directory: Path) -> list[Path]:
     return [directory / name for name in found]
 
 
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
+
+
+def check_tokenizer(directory: Path, trust_remote_code: bool = False) -> None:
+    """Raises:
+    ValueError: There are no words of a tokenizer: transformers would make one that knows none.
+    """
+    if trust_remote_code or any(True for pattern in _TOKENIZERS for _ in directory.glob(pattern)):
+        return
+    raise ValueError(
+        f"the model in {str(directory)!r} has no tokenizer (tokenizer.json); save its own there "
+        "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+    )
+
+
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with weights, in a line."""
+    if isinstance(error, UnpicklingError) or "weights_only" in str(error):
+        return "they hold pickled objects, which may be code and are refused; get them as safetensors"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 # What reading weights raises, by whatever of them is broken.
 BROKEN_WEIGHTS = (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError)
 

@@ -17,7 +17,7 @@ from typing import Any
 from vlm_ops.models import ImageBackbone, ImageModel, ModelInfo, TextBackbone, Tokenizer, hf_captioners
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel
 from vlm_ops.models.hf_preprocessing import is_naflex, load_image_processor, read_preprocessing
-from vlm_ops.models.hub import fetch_repository, is_directory, locate, read_json, revision_of
+from vlm_ops.models.hub import check_tokenizer, fetch_repository, is_directory, locate, read_json, revision_of
 from vlm_ops.models.settings import CPU, ModelSettings
 
 # The `model_type`s that are known to work as image backbones, and as text encoders.
@@ -52,6 +52,7 @@ def describe(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
         )
     revision = revision_of(directory, trusts)
     if kind == "dual encoder":
+        check_tokenizer(directory, trusts)
         # Code of a repository may give no tokens, and of images of many sizes there is no grid of one size.
         grid = () if _has_own_code(directory, model_type) or model_type == "siglip2" else ("grid",)
         return ModelInfo(full_spec, revision, frozenset({"features", "embedding", *grid}))

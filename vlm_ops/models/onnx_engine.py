@@ -95,9 +95,10 @@ def export(module: Any, inputs: Mapping[str, Any], dynamic_dims: Mapping[str, Ma
     parameters = inspect.signature(module.forward).parameters.values()
     if any(each.kind is each.VAR_POSITIONAL for each in parameters):  # which the exporter counts as one
         dims = (*dims[: len(parameters) - 1], dims[len(parameters) - 1 :])
-    noisy = logging.getLogger("torch.onnx")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
+    noisy = {name: logging.getLogger(name) for name in ("torch.onnx", "onnxscript")}
+    levels = {name: each.level for name, each in noisy.items()}
+    for each in noisy.values():
+        each.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -108,7 +109,8 @@ def export(module: Any, inputs: Mapping[str, Any], dynamic_dims: Mapping[str, Ma
             assert program is not None
             program.save(str(path))
     finally:
-        noisy.setLevel(level)
+        for name, each in noisy.items():
+            each.setLevel(levels[name])
 
 
 def quantise(graph: Path, path: Path) -> None:
