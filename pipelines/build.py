@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 import sys
 
-from pipelines.options import BuildOptions, input_config, model_choice, model_settings, read_config, recipe_of
+from pipelines.options import BuildOptions, input_config, model_choice, read_config, recipe_of
 from pipelines.progress import counting
 from pipelines.runs import EXIT_OK, Run, execute
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
 from vlm_ops.inputs import Listing, list_inputs
-from vlm_ops.models.settings import check, resolved
 from vlm_ops.ops import plan_ops
 from vlm_ops.planning import Plan, PlanConfig, kept_inputs, plan_inputs, with_changed_bytes, with_refused_parts
 from vlm_ops.run_manifests import refused_runs, seconds_per_byte
@@ -33,11 +32,10 @@ def run(options: BuildOptions) -> int:
     Raises:
         ValueError, FileNotFoundError: A mistake in the options, found before any work.
     """
-    settings = model_settings(options)
-    check(settings) if options.runner != "local" else resolved(settings)
+    models = model_choice(options)
     catalog = CatalogLayout(storage.normalise(options.catalog))
     storage.check_writable(catalog.root, options.storage_options)
-    recipe = recipe_of(options, plan_ops(options.ops or ("default",), model_choice(options)))
+    recipe = recipe_of(options, plan_ops(options.ops or ("default",), models))
     if recipe.encoder is None and options.ops is None:
         logger.warning(
             "%s makes no embeddings, so the catalog cannot be searched; --embedding_model names one that does",

@@ -30,7 +30,7 @@ from schemas.recipes import (
     Recipe,
 )
 from schemas.samples import FILES_PER_SHARD, INPUT_FORMATS
-from vlm_ops.models.settings import DTYPES, ENGINES, ModelSettings, check
+from vlm_ops.models.settings import DTYPES, ENGINES, ModelSettings, check, planned
 
 if TYPE_CHECKING:
     from vlm_ops.inputs import InputConfig
@@ -1031,11 +1031,16 @@ def recipe_of(options: ReadingOptions, ops: tuple[OpSpec, ...]) -> Recipe:
 
 
 def model_choice(options: ReadingOptions) -> ModelChoice:
-    """Which models serve the ops, in the words of `vlm_ops.ops`."""
+    """Which models serve the ops, in the words of `vlm_ops.ops`.
+
+    Raises:
+        ValueError: They cannot be run that way here.
+    """
     from vlm_ops.ops import ModelChoice
 
     of_ops = {op: spec for op, flag in MODEL_FLAGS.items() if (spec := getattr(options, flag, None)) is not None}
-    return ModelChoice(options.model, of_ops, model_settings(options))
+    is_here = getattr(options, "runner", "local") == "local"
+    return ModelChoice(options.model, of_ops, planned(model_settings(options), is_here))
 
 
 def model_settings(options: Any) -> ModelSettings:

@@ -9,7 +9,7 @@ from pipelines.options import RetryOptions, model_settings
 from pipelines.runs import EXIT_OK, Run, execute
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
-from vlm_ops.models.settings import check, resolved
+from vlm_ops.models.settings import planned
 from vlm_ops.ops import check_installed
 from vlm_ops.planning import PlanConfig, plan_retry
 from vlm_ops.run_manifests import refused_runs
@@ -27,7 +27,7 @@ def run(options: RetryOptions) -> int:
         ValueError: Another version of the catalog's model is installed, or a mistake in the options.
     """
     settings = model_settings(options)
-    check(settings) if options.runner != "local" else resolved(settings)
+    planned(settings, options.runner == "local")
     catalog = CatalogLayout(storage.normalise(options.catalog))
     state = existing_state(catalog, options.storage_options)
     assert state.record is not None

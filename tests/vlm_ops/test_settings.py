@@ -16,6 +16,7 @@ from vlm_ops.models.settings import (
     ENGINES,
     ModelSettings,
     check,
+    planned,
     recorded,
     resolve_device,
     resolved,
@@ -190,11 +191,43 @@ def test_bfloat16_is_asked_of_the_gpu_that_is_named(monkeypatch: pytest.MonkeyPa
 # --- recipes --------------------------------------------------------------------------------------
 
 
-def test_a_recipe_keeps_what_changes_numbers_and_was_asked_for() -> None:
+def test_a_recipe_keeps_what_changes_numbers_and_is_not_usual() -> None:
     assert recorded(ModelSettings(device="cpu", compile=True), "caption") == ()
+    assert recorded(ModelSettings(dtype="float32", engine="onnxruntime"), "embedding") == ()
     asked = ModelSettings(dtype="int8", engine="onnxruntime", num_beams=3)
-    assert recorded(asked, "embedding") == (("dtype", "int8"), ("engine", "onnxruntime"))
-    assert recorded(asked, "caption") == (("dtype", "int8"), ("engine", "onnxruntime"), ("num_beams", 3))
+    assert recorded(asked, "embedding") == (("dtype", "int8"),)
+    assert recorded(asked, "caption") == (("dtype", "int8"), ("num_beams", 3))
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        (ModelSettings(), ()),
+        (ModelSettings(dtype="float32", engine="onnxruntime"), ()),
+        (ModelSettings(engine="torch"), (("engine", "torch"),)),
+        (ModelSettings(dtype="bfloat16"), (("dtype", "bfloat16"),)),
+        (ModelSettings(dtype="bfloat16", engine="torch"), (("dtype", "bfloat16"),)),
+    ],
+)
+def test_what_is_usual_here_is_decided_before_any_work(
+    asked: ModelSettings, found: tuple[tuple[str, str], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = planned(asked, is_here=True)
+    assert plan.dtype != "auto" and recorded(plan, "embedding") == found
+    # Workers compute what the plan says, on whatever device.
+    assert resolved(with_recorded(asked, found)).dtype == plan.dtype
+
+
+def test_auto_is_bfloat16_where_a_gpu_is_and_stands_in_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("vlm_ops.models.settings._has_bfloat16", lambda device: True)
+    assert recorded(planned(ModelSettings(), is_here=True), "embedding") == (("dtype", "bfloat16"),)
+    assert recorded(planned(ModelSettings(dtype="float32", engine="torch"), is_here=True), "embedding") == ()
+    assert planned(ModelSettings(), is_here=False).dtype == "float32"  # nobody knows what is there
+    with pytest.raises(ValueError, match="unknown dtype"):
+        planned(ModelSettings(dtype="float8"), is_here=False)
 
 
 @given(asked=SETTINGS, here=SETTINGS)
@@ -207,7 +240,7 @@ def test_a_recipe_says_what_is_computed_and_the_machine_where(asked: ModelSettin
     run = with_recorded(here, pairs)
     assert recorded(run, "caption") == pairs
     assert (run.device, run.compile) == (here.device, here.compile)
-    # As it was asked for: an engine that only `auto` chose may be another one on another machine.
+    assert run.dtype != "auto"
     assert not run.may_run_by_torch
 
 

@@ -1,6 +1,6 @@
 """How models are run: where, in which precision and by which engine, and what captioners are asked.
 
-Some of it decides about numbers. That part, as far as a person has asked for it, stands in the recipe with each op
+Some of it decides about numbers. That part is decided before any work (`planned`), stands in the recipe with each op
 (`recorded`), and workers run the op by it (`with_recorded`).
 """
 
@@ -59,8 +59,31 @@ CPU = ModelSettings(device="cpu", dtype="float32", engine="onnxruntime", may_run
 _DEFAULTS = ModelSettings()
 
 
+def planned(settings: ModelSettings, is_here: bool) -> ModelSettings:
+    """The settings with all that changes numbers decided, as a recipe holds it: workers follow that, and decide nothing.
+
+    Args:
+        is_here: Whether models run on this machine. Elsewhere `auto` is float32, since nobody knows what is there.
+
+    Raises:
+        ValueError: As `resolved`, where models run here; as `check` elsewhere.
+    """
+    if not is_here:
+        check(settings)
+        return replace(settings, dtype="float32") if settings.dtype == "auto" else settings
+    run = resolved(settings)
+    usual = resolved(replace(settings, engine="auto")).engine
+    return replace(settings, dtype=run.dtype, engine="auto" if settings.engine == usual == "torch" else settings.engine)
+
+
 def recorded(settings: ModelSettings, op_name: str) -> tuple[tuple[str, Any], ...]:
-    """What a recipe holds of the settings of an op: the fields that change numbers and were asked for."""
+    """What a recipe holds of the settings of an op: the fields that change numbers, but for what is usual (float32, by
+    ONNX Runtime on CPUs)."""
+    settings = replace(
+        settings,
+        dtype="auto" if settings.dtype == "float32" else settings.dtype,
+        engine="auto" if settings.engine == "onnxruntime" else settings.engine,
+    )
     names = _RECORDED + (CAPTION_SETTINGS if op_name == "caption" else ())
     return tuple(
         (name, getattr(settings, name)) for name in names if getattr(settings, name) != getattr(_DEFAULTS, name)
@@ -82,6 +105,8 @@ def with_recorded(settings: ModelSettings, pairs: Iterable[tuple[str, Any]]) -> 
     if unknown := sorted(asked.keys() - names):
         raise ValueError(f"the recipe has the setting {unknown[0]!r}, which this version of beamsight does not know")
     kept = {name: getattr(_DEFAULTS, name) for name in (*_RECORDED, *CAPTION_SETTINGS)}
+    # Where a recipe says nothing it is float32, by the usual engine of the device, which may be asked for by name.
+    kept |= {"dtype": "float32", "engine": "onnxruntime" if settings.engine == "onnxruntime" else "auto"}
     return replace(settings, may_run_by_torch=False, **{**kept, **asked})
 
 
