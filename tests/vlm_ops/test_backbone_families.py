@@ -33,7 +33,7 @@ from vlm_ops.models import (
 )
 from vlm_ops.models.backbones import BackboneImageModel
 from vlm_ops.models.hf_preprocessing import read_preprocessing
-from vlm_ops.models.settings import CPU, resolved
+from vlm_ops.models.settings import CPU, ModelSettings, resolved
 from vlm_ops.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -285,6 +285,25 @@ def test_grid_is_the_last_map_before_it_is_pooled(name: str, cells: int, dim: in
     torch.testing.assert_close(outputs["grid"].mean(1), outputs["features"], atol=1e-4, rtol=0)
 
 
+def test_squeezenet_classifies_before_it_pools(tmp_path: Path) -> None:
+    net = get_model("squeezenet1_1", weights=None, num_classes=7).eval()
+    save_file(net.state_dict(), tmp_path / "seven.safetensors")
+    spec = f"torchvision:squeezenet1_1:{tmp_path / 'seven.safetensors'}"
+    model = load_image_model(spec, ModelSettings("cpu", "float32", "torch"))
+    images = pictures(model.preprocessing.size, 2)
+    encoding = model.encode_images(pixels_of(images))
+    transforms = get_model_weights("squeezenet1_1")["DEFAULT"].transforms()
+    assert model.preprocessing == Preprocessing(224, "cover", 224 / 256, "bilinear")
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (transforms.mean, transforms.std))
+    with torch.no_grad():
+        inputs = (torch.from_numpy(pixels_of(images)) / 255 - mean) / std
+        expected = net(inputs).softmax(1)
+    np.testing.assert_allclose(encoding.probabilities, expected, atol=1e-4)
+    assert encoding.features.shape == (2, 512) and encoding.grid.shape == (2, 169, 512)
+    close(encoding.features, encoding.grid.mean(1))
+    assert model.label_names[-1] == "class 6"
+
+
 def test_own_classes(tmp_path: Path) -> None:
     path = tmp_path / "five.safetensors"
     save_file(get_model("mobilenet_v3_small", weights=None, num_classes=5).state_dict(), path)
@@ -318,7 +337,6 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
     ("wrong", "message"),
     [
         ("resnet17", "unknown model 'torchvision:resnet17'; torchvision has alexnet, "),
-        ("squeezenet1_0", "unknown model 'torchvision:squeezenet1_0'"),
         ("resnet50:V3", "no weights 'V3' for resnet50; use IMAGENET1K_V1, IMAGENET1K_V2, or the path of a state dict"),
         ("resnet50:/no/file.pth", "no weights '/no/file.pth' for resnet50; use"),
     ],

@@ -30,8 +30,8 @@ from vlm_ops.models.settings import ModelSettings
 from vlm_ops.preprocessing import Preprocessing
 
 _IMAGENET_CLASSES = 1000
-# SqueezeNet has no linear layer.
-_MODELS = tuple(name for name in list_models(module=torchvision.models) if not name.startswith("squeezenet"))
+_MODELS = tuple(list_models(module=torchvision.models))
+_SQUEEZENETS = ("squeezenet1_0", "squeezenet1_1")
 
 
 def describe(spec: str, settings: ModelSettings | None = None) -> ModelInfo:
@@ -74,15 +74,15 @@ def fetch(spec: str, directory: Path, settings: ModelSettings) -> str | None:
     return f"torchvision:{name}:{file}"
 
 
-def load_image_backbone(spec: str) -> TorchvisionBackbone:
-    """The classifier as a `ClassifyingBackbone`.
+def load_image_backbone(spec: str) -> TorchvisionBackbone | SqueezeNetBackbone:
+    """The classifier as an `ImageBackbone`; as a `ClassifyingBackbone` but for SqueezeNet.
 
     Raises:
         ValueError: The weights cannot be fetched or read, or do not fit the model.
     """
     name, weights, path = _parse(spec)
     net = _fetched(name, weights) if path is None else _from_file(name, weights, path)
-    return TorchvisionBackbone(net, weights).eval()
+    return (SqueezeNetBackbone if name in _SQUEEZENETS else TorchvisionBackbone)(net, weights).eval()
 
 
 class TorchvisionBackbone(nn.Module):
@@ -128,6 +128,29 @@ class TorchvisionBackbone(nn.Module):
     @property
     def class_weights(self) -> torch.Tensor:
         return self.head.weight.detach()
+
+
+class SqueezeNetBackbone(nn.Module):
+    """An `ImageBackbone` of SqueezeNet, which classifies each place of its map and pools after that: `features` are the mean
+    of the map, and `labels` no function of them."""
+
+    embedding_dim = 0
+    feature_dim = grid_dim = 512
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, net: nn.Module, weights: Any) -> None:
+        super().__init__()
+        self.preprocessing = _preprocessing(weights)
+        transforms = weights.transforms()
+        self.register_buffer("mean", torch.tensor(transforms.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(transforms.std).view(3, 1, 1), persistent=False)
+        self.net: Any = net
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        grid = self.net.features((pixels.float() / 255 - self.mean) / self.std)
+        labels = self.net.classifier(grid).flatten(1).softmax(1)
+        return {"features": grid.mean((2, 3)), "grid": _cells(grid), "labels": labels}
 
 
 def _cells(grid: torch.Tensor) -> torch.Tensor:
@@ -210,8 +233,11 @@ def _from_file(name: str, weights: Any, path: Path) -> nn.Module:
 
 
 def _num_classes(name: str, path: Path) -> int:
-    with torch.device("meta"):
-        head_name, _ = _head(get_model(name, weights=None))
+    if name in _SQUEEZENETS:
+        head_name = "classifier.1"
+    else:
+        with torch.device("meta"):
+            head_name, _ = _head(get_model(name, weights=None))
     state = _read_state(path)
     if f"{head_name}.weight" not in state:
         raise _misfit(name, path)
