@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def clip(path: Path, patch_size: int, hidden_size: int = 768, num_layers: int = 12, size: int = 224) -> None:
     """CLIP (Radford et al., 2021) with an image tower of ViT-B, and a text tower of no size, which is not called."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+    import tokenizers
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
     images = {
         "hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": num_layers,
@@ -108,6 +109,9 @@ def clip(path: Path, patch_size: int, hidden_size: int = 768, num_layers: int = 
     }  # fmt: skip
     CLIPModel(CLIPConfig(text_config=texts, vision_config=images, projection_dim=512)).save_pretrained(path)
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(path)
+    # Of no words: no text is encoded here, but a dual encoder without a tokenizer is refused.
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(path)
 
 
 def resnet(path: Path) -> None:
