@@ -35,6 +35,8 @@ class Service(ThreadingHTTPServer):
         refusal: HTTP status, name of the status and message by which the next jobs are refused; None: they are taken.
         jobs: Jobs that arrived.
         places: Their (project, region).
+        num_refused: Jobs that did not get in.
+        cancelled: Whether a job was cancelled.
     """
 
     daemon_threads = True
@@ -46,10 +48,16 @@ class Service(ThreadingHTTPServer):
         self.url = f"http://localhost:{self.server_address[1]}"
         self.work: Work = run_staged
         self.refusal: tuple[int, str, str] | None = None
+        self.num_refused = 0
         self.jobs: list[dataflow.Job] = []
         self.places: list[tuple[str, str]] = []
         self.cancelled = threading.Event()
         self._messages: list[dataflow.JobMessage] = []
+
+    def cancel(self) -> None:
+        """What a person does in the console."""
+        self.jobs[-1].current_state = dataflow.JobState.JOB_STATE_CANCELLED
+        self.cancelled.set()
 
     def say(self, importance: str, text: str) -> None:
         """A message of the job, such as `say("ERROR", "out of quota")`."""
@@ -65,14 +73,15 @@ class Service(ThreadingHTTPServer):
         job.id, job.project_id, job.location = f"2026-01-01_00_00_00-{len(self.jobs)}", project, region
         job.current_state = dataflow.JobState.JOB_STATE_RUNNING
         self.jobs.append(job)
-        threading.Thread(target=self._run, args=(job,), daemon=True).start()
         return job
+
+    def start(self, job: dataflow.Job) -> None:
+        threading.Thread(target=self._run, args=(job,), daemon=True).start()
 
     def update(self, job: dataflow.Job, body: bytes) -> dataflow.Job:
         """A request to cancel is all that is known here."""
         assert dataflow.Job.from_json(body).requested_state == dataflow.JobState.JOB_STATE_CANCELLED
-        job.current_state = dataflow.JobState.JOB_STATE_CANCELLED
-        self.cancelled.set()
+        self.cancel()
         return job
 
     def messages(self) -> dataflow.ListJobMessagesResponse:
@@ -102,9 +111,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(501, json.dumps({"error": {"code": 501, "message": f"not imitated: {self.path}"}}))
         if self.command == "POST":
             if self.server.refusal is not None:
+                self.server.num_refused += 1
                 code, status, message = self.server.refusal
                 return self._answer(code, json.dumps({"error": {"code": code, "message": message, "status": status}}))
-            return self._answer(200, dataflow.Job.to_json(self.server.create(place["project"], place["region"], body)))
+            job = self.server.create(place["project"], place["region"], body)
+            self._answer(200, dataflow.Job.to_json(job))
+            return self.server.start(job)
         job = next(job for job in self.server.jobs if job.id == place["id"])
         if self.command == "PUT":
             return self._answer(200, dataflow.Job.to_json(self.server.update(job, body)))
@@ -146,8 +158,13 @@ def pipeline_url(job: dataflow.Job) -> str:
     return dict(job.environment.sdk_pipeline_options)["options"]["pipelineUrl"]
 
 
+def run_here(service: Service) -> None:
+    """Runs the job's pipeline in this process, which is quicker."""
+    run_pipeline(pipeline_url(service.jobs[-1]))
+
+
 def run_staged(service: Service) -> None:
-    """Runs the job's pipeline in a process of its own.
+    """Runs the job's pipeline in a process of its own, which has nothing but what was staged.
 
     Raises:
         RuntimeError: It failed; the message is its last line.
@@ -158,7 +175,7 @@ def run_staged(service: Service) -> None:
         raise RuntimeError(ran.stderr.strip().splitlines()[-1])
 
 
-def _work(url: str) -> None:
+def run_pipeline(url: str) -> None:
     """What workers do: read the staged pipeline, and run its stages. They are one process here, not a container."""
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.portability import python_urns
@@ -174,6 +191,6 @@ def _work(url: str) -> None:
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1])
+    run_pipeline(sys.argv[1])
     sys.stdout.flush()
     os._exit(0)
