@@ -16,15 +16,15 @@ from apache_beam.utils.shared import Shared
 from pipelines.options import BuildOptions, RetryOptions, model_settings
 from pipelines.progress import Progress, watching
 from pipelines.runners import beam_options, run_to_end
-from pipelines.transforms import EnrichShards, PublishRun
-from schemas.catalog import RUN_CONTENTS, RUN_REPORT, CatalogLayout
+from pipelines.transforms import EnrichShards, PublishRun, ReadShardRefs
+from schemas.catalog import RUN_CONTENTS, RUN_REPORT, RUN_SHARDS, CatalogLayout
 from schemas.manifests import RunManifest
 from schemas.recipes import Recipe
 from vlm_ops import storage
 from vlm_ops.contents import write_known_contents
 from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.pages import write_run_report
-from vlm_ops.planning import Plan, rows_leaving
+from vlm_ops.planning import Plan, rows_leaving, write_shards
 from vlm_ops.publishing import PublishConfig
 from vlm_ops.run_manifests import new_run_id, read_manifest
 from vlm_ops.shards import ReadConfig
@@ -86,18 +86,22 @@ def execute(run: Run, state: CatalogState) -> int:
         max_failure_rate=run.max_failure_rate,
         storage_options=options,
     )
-    pipeline = beam.Pipeline(options=beam_options(run.action, how))
-    shards = pipeline | "Shards" >> beam.Create(run.plan.shards)
+    planned = _write_shards(run, run_id)
     enricher = Shared()
-    _ = shards | "Enrich" >> EnrichShards(enrich, enricher) | "Publish" >> PublishRun(publish)
     try:
+        pipeline = beam.Pipeline(options=beam_options(run.action, how))
+        source = ReadShardRefs(planned, options) if planned else beam.Create(run.plan.shards)
+        shards = pipeline | "Shards" >> source
+        _ = shards | "Enrich" >> EnrichShards(enrich, enricher) | "Publish" >> PublishRun(publish)
         # A model that cannot be loaded is a mistake of the command, and known before any work where that is done here.
         _loaded = enricher.acquire(lambda: Enricher(enrich)) if how.runner == "local" and run.plan.shards else None
         with _progress(run, run_id):
-            run_to_end(pipeline)
+            if not run_to_end(pipeline):
+                known = planned = None  # the template's job reads them
+                return EXIT_OK
     finally:
-        if known:
-            storage.remove(known, options)
+        for uri in filter(None, (known, planned)):
+            storage.remove(uri, options)
     manifest = read_manifest(run.catalog, run_id, options)
     write_run_report(run.catalog, manifest, options)
     if manifest.status == "refused":
@@ -148,6 +152,15 @@ def summary(manifest: RunManifest, catalog: CatalogLayout, wall_sec: float) -> s
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in manifest.stages)
         lines += [f"speed      {rate:.1f} images/s, {wall_sec:.1f} s", f"stages     {stages} (thread-seconds)"]
     return "\n".join([*lines, f"report     {catalog.run_file(manifest.run_id, RUN_REPORT)}"])
+
+
+def _write_shards(run: Run, run_id: str) -> str | None:
+    """The file in which workers elsewhere find what to do; None where they are this process."""
+    if run.options.runner == "local":
+        return None
+    uri = run.catalog.run_file(run_id, RUN_SHARDS)
+    write_shards(uri, run.plan.shards, run.read.storage_options)
+    return uri
 
 
 def _write_known_contents(run: Run, state: CatalogState, run_id: str) -> str | None:

@@ -94,7 +94,8 @@ def run(options: TagOptions) -> int:
     _ = work | "Tag" >> TagParts(config) | "Publish" >> PublishTags(publish)
     amounts = {each.name: each.num_rows for each in plan.work}
     with watching("tag", amounts, lambda: storage.names_in(catalog.tags, storage_options)):
-        run_to_end(pipeline)
+        if not run_to_end(pipeline):
+            return 0
     wall_sec = time.perf_counter() - started
     print(_summary(catalog, config, state.images, wall_sec))
     return 0

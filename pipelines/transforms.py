@@ -18,12 +18,34 @@ from schemas.samples import ShardRef
 from schemas.tags import TagRecord
 from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.parts import PartSummary
+from vlm_ops.planning import read_shards
 from vlm_ops.publishing import PublishConfig, publish_index, publish_run
 from vlm_ops.tag_parts import TagSummary, TagWork
 from vlm_ops.tag_publishing import TagPublishConfig, publish_tags
 from vlm_ops.tagging import TagConfig, tagger_of
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ReadShardRefs(beam.PTransform):
+    """The shards of a plan that was written to a file.
+
+    Input: nothing. Output: ShardRef. A pipeline that holds a million references itself is larger than runners take:
+    Dataflow takes 10 MB (https://cloud.google.com/dataflow/docs/request-quotas), or about 150,000.
+
+    Args:
+        uri: What `write_shards` wrote.
+    """
+
+    uri: str
+    storage_options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection:
+        return begin | beam.Create([self.uri]) | beam.FlatMap(read_shards, self.storage_options)
 
 
 @dataclass

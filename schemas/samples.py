@@ -146,6 +146,19 @@ class ShardRef:
     revision: str = ""
     attempts: Mapping[str, int] = field(default_factory=dict, repr=False, hash=False)
 
+    def to_json(self) -> str:
+        """One line, in ASCII: names that are not UTF-8 come through too. `from_json` reads it back."""
+        usual = vars(FileRef)
+        files = [{name: value for name, value in vars(file).items() if value != usual.get(name)} for file in self.files]
+        return json.dumps({**vars(self), "files": files}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ShardRef:
+        values = json.loads(text)
+        lists = ("sidecars", "captions", "error")
+        files = (each | {name: tuple(each[name]) for name in lists if name in each} for each in values["files"])
+        return cls(**values | {"files": tuple(FileRef(**each) for each in files)})
+
     @property
     def location_id(self) -> str:
         """Names the place: the same for every version of one shard file.

@@ -19,11 +19,11 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import pytest
+from google.cloud import dataflow
 
-dataflow = pytest.importorskip("google.cloud.dataflow", reason="needs google-cloud-dataflow-client") if __name__ != "__main__" else None
-
-_PATH = re.compile(r"/v1b3/projects/(?P<project>[^/]+)/locations/(?P<region>[^/]+)/jobs(?:/(?P<id>[^/]+)(?P<messages>/messages)?)?$")
+_PATH = re.compile(
+    r"/v1b3/projects/(?P<project>[^/]+)/locations/(?P<region>[^/]+)/jobs(?:/(?P<id>[^/]+)(?P<messages>/messages)?)?$"
+)
 Work = Callable[["Service"], None]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -130,6 +130,18 @@ def plan_inputs(config: PlanConfig, state: CatalogState, listing: Listing) -> Pl
         num_gone=num_gone + sum(uri not in known.failed for uri in gone_uris),
         num_recomputed=sum(part.num_rows for part in state.images if part.recipe_id != recipe_id),
     )
+
+
+def write_shards(uri: str, shards: Iterable[ShardRef], storage_options: storage.StorageOptions) -> None:
+    """Writes shards as JSON lines, for workers elsewhere."""
+    with storage.replacing(uri, storage_options) as path, open(path, "w", encoding="ascii") as file:
+        file.writelines(shard.to_json() + "\n" for shard in shards)
+
+
+def read_shards(uri: str, storage_options: storage.StorageOptions) -> Iterator[ShardRef]:
+    """The shards of a file that `write_shards` wrote, in their order."""
+    with storage.open_for_reading(uri, storage_options) as file:
+        yield from map(ShardRef.from_json, file)
 
 
 def kept_inputs(listing: Listing, plan: Plan) -> tuple[list[ShardRef], list[tuple[str, FileRef]]]:

@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from apache_beam.coders import FastPrimitivesCoder
+from apache_beam.coders import StrUtf8Coder
 from apache_beam.internal import pickler
 from apache_beam.portability import common_urns, python_urns
 from apache_beam.portability.api import beam_runner_api_pb2
@@ -29,9 +30,11 @@ from schemas.samples import ShardRef
 from tests.conftest import jpeg, tar_bytes
 from tests.servers import Proxy, Rule, Store, fake_gcs_store
 from vlm_ops import storage
+from vlm_ops.planning import read_shards
 from vlm_ops.run_manifests import read_manifest
 
-service_module = pytest.importorskip("tests.dataflow_service", reason="needs beamsight[dataflow]")
+dataflow = pytest.importorskip("google.cloud.dataflow", reason="needs beamsight[dataflow]")
+service_module = pytest.importorskip("tests.dataflow_service")
 IMAGE = "europe-west4-docker.pkg.dev/my-project/beamsight/worker:0.1.0"
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # as Beam checks it, and Dataflow
 A100 = "worker_accelerator=type:nvidia-tesla-a100;count:1;install-nvidia-driver"
@@ -75,16 +78,18 @@ def catalog(store: Store, name: str = "catalog") -> str:
     return f"{store.uri}/{name}"
 
 
-def build(service: Any, catalog: str, *flags: str) -> int:
-    """The command as a person types it; without an account, and to this machine."""
-    return main(
-        [
-            "build", "--input", "gs://photos/corpus/*.tar", "--catalog", catalog, "--model", "python:tests.toys",
-            "--storage_options", json.dumps({"token": "anon"}), "--runner", "dataflow", "--project=my-project",
-            "--region=europe-west4", "--temp_location=gs://photos/temp", f"--sdk_container_image={IMAGE}",
-            "--no_auth", f"--dataflow_endpoint={service.url}", *flags,
-        ]
-    )  # fmt: skip
+def build(service: Any, catalog: str, *flags: str, is_anonymous: bool = True) -> int:
+    what = ("--input", "gs://photos/corpus/*.tar", "--catalog", catalog, "--model", "python:tests.toys")
+    return command(service, "build", *what, *flags, is_anonymous=is_anonymous)
+
+
+def command(service: Any, name: str, *arguments: str, is_anonymous: bool = True) -> int:
+    """A command as a person types it, but for the last flags: without an account, and to this machine."""
+    where = ("--project=my-project", "--region=europe-west4", "--temp_location=gs://photos/temp")
+    here = ("--storage_options", json.dumps({"token": "anon"}), f"--dataflow_endpoint={service.url}")
+    nobody = ("--no_auth",) if is_anonymous else ()
+    image = f"--sdk_container_image={IMAGE}"
+    return main([name, *here, "--runner", "dataflow", *where, image, *nobody, *arguments])
 
 
 def pipeline_of(job: Any, store: Store) -> beam_runner_api_pb2.Pipeline:
@@ -103,10 +108,17 @@ def functions_of(pipeline: beam_runner_api_pb2.Pipeline) -> dict[str, tuple[Any,
     return found
 
 
-def created(do_fn: Any) -> list[ShardRef]:
+def created(do_fn: Any) -> list[str]:
     """What `Create` makes: encoded, in the closure of its function."""
     (elements,) = (cell.cell_contents for cell in do_fn.process.__closure__)
-    return [FastPrimitivesCoder().decode(element) for element in elements]
+    return [StrUtf8Coder().decode(element) for element in elements]
+
+
+def planned(job: Any, store: Store) -> list[ShardRef]:
+    """What there is to do: a file whose name is in the pipeline, as long as the job is at work."""
+    functions = functions_of(pipeline_of(job, store))
+    (uri,) = created(next(do_fn for name, (do_fn, _) in functions.items() if name.startswith("Shards/Create/FlatMap")))
+    return list(read_shards(uri, store.options))
 
 
 def options_of(job: Any) -> dict[str, Any]:
@@ -126,13 +138,27 @@ def identities(catalog: str, store: Store) -> list[tuple]:
 def done(google: tuple[Store, Proxy]) -> SimpleNamespace:
     """A build from its command to its end: what arrived, what was printed, and what came of it."""
     out, err = io.StringIO(), io.StringIO()
+    shards: list[ShardRef] = []
+
+    def work(service: Any) -> None:
+        shards.extend(planned(service.jobs[0], google[0]))
+        service_module.run_staged(service)
+
     with service_module.serving() as service, redirect_stdout(out), redirect_stderr(err):
+        service.work = work
         code = build(service, "gs://photos/catalog", "--labels=team=photos")
     job = service.jobs[0]
     staged = storage.filesystem("gs://", google[0].options).find("photos/temp")
     pipeline = pipeline_of(job, google[0])
     return SimpleNamespace(
-        code=code, out=out.getvalue(), err=err.getvalue(), job=job, places=service.places, staged=staged, pipeline=pipeline
+        code=code,
+        out=out.getvalue(),
+        err=err.getvalue(),
+        job=job,
+        places=service.places,
+        staged=staged,
+        pipeline=pipeline,
+        shards=shards,
     )
 
 
@@ -187,9 +213,10 @@ def test_the_pipeline_holds_the_configuration(done: SimpleNamespace, store: Stor
     manifest = read_manifest(CatalogLayout(publish.catalog), publish.run_id, store.options)
     assert manifest.status == "committed" and manifest.recipe == publish.recipe
 
-    shards = created(next(do_fn for name, (do_fn, _) in functions.items() if name.startswith("Shards/FlatMap")))
-    assert [shard.uri for shard in shards] == ["gs://photos/corpus/a.tar", "gs://photos/corpus/b.tar"]
-    assert all(isinstance(shard, ShardRef) and shard.num_bytes > 0 for shard in shards)
+    assert [shard.uri for shard in done.shards] == ["gs://photos/corpus/a.tar", "gs://photos/corpus/b.tar"]
+    assert all(shard.num_bytes > 0 and shard.version for shard in done.shards)
+    left = storage.names_in(f"gs://photos/catalog/runs/{publish.run_id}", store.options)
+    assert left == {"manifest.json", "metrics.json", "report.html"}
 
 
 # --- GPUs, and other flags -----------------------------------------------------------------------
@@ -220,7 +247,10 @@ def test_workers(
     service.work = refuse_to_work
     network = ("--subnetwork=regions/europe-west4/subnetworks/photos", "--no_use_public_ips")
     size = ("--num_workers=4", "--max_num_workers=10", "--number_of_worker_harness_threads=1")
-    account = ("--service_account_email=worker@my-project.iam.gserviceaccount.com", "--staging_location=gs://photos/staged")
+    account = (
+        "--service_account_email=worker@my-project.iam.gserviceaccount.com",
+        "--staging_location=gs://photos/staged",
+    )
     assert build(service, catalog(store, "other"), *flags, *network, *size, *account, "--job_name=my-own-name") == 1
     (job,) = service.jobs
     (pool,) = job.environment.worker_pools
@@ -234,7 +264,11 @@ def test_workers(
     assert pool.num_threads_per_worker == 1
     assert job.environment.service_account_email == "worker@my-project.iam.gserviceaccount.com"
     assert service_module.pipeline_url(job).startswith("gs://photos/staged/my-own-name.")
-    device = next(do_fn.config for do_fn, _ in functions_of(pipeline_of(job, store)).values() if isinstance(do_fn, EnrichShardDoFn)).settings.device
+    device = next(
+        do_fn.config
+        for do_fn, _ in functions_of(pipeline_of(job, store)).values()
+        if isinstance(do_fn, EnrichShardDoFn)
+    ).settings.device
     assert device == ("cuda" if "cuda" in flags else "auto")
 
 
@@ -244,7 +278,9 @@ def test_workers(
 def test_a_job_that_fails_says_why(service: Any, store: Store, capsys: pytest.CaptureFixture) -> None:
     def work(service: Any) -> None:
         service.say("BASIC", "Worker pool started.")
-        service.say("ERROR", "Traceback (most recent call last):\n  File \"x.py\", line 1\nValueError: the weights are damaged")
+        service.say(
+            "ERROR", 'Traceback (most recent call last):\n  File "x.py", line 1\nValueError: the weights are damaged'
+        )
         service.say("ERROR", "Workflow failed. Causes: S02 failed, a work item was attempted 4 times without success.")
         raise RuntimeError("Workflow failed.")
 
@@ -288,9 +324,8 @@ def test_finished_parts_of_a_job_that_was_cancelled_are_kept(
     def one_shard(service: Any) -> None:
         functions = functions_of(pipeline_of(service.jobs[-1], store))
         (enrich,) = (do_fn for do_fn, _ in functions.values() if isinstance(do_fn, EnrichShardDoFn))
-        shards = created(next(do_fn for name, (do_fn, _) in functions.items() if name.startswith("Shards/FlatMap")))
         enrich.setup()
-        list(enrich.process(shards[0]))
+        list(enrich.process(planned(service.jobs[-1], store)[0]))
         service.cancel()
 
     service.work = one_shard
@@ -307,8 +342,16 @@ def test_finished_parts_of_a_job_that_was_cancelled_are_kept(
 @pytest.mark.parametrize(
     ("code", "status", "message"),
     [
-        (400, "INVALID_ARGUMENT", "The workflow could not be created. Causes: the machine type g2-standard-8 is not in the zone"),
-        (403, "PERMISSION_DENIED", "Current user cannot act as service account worker@my-project.iam.gserviceaccount.com"),
+        (
+            400,
+            "INVALID_ARGUMENT",
+            "The workflow could not be created. Causes: the machine type g2-standard-8 is not in the zone",
+        ),
+        (
+            403,
+            "PERMISSION_DENIED",
+            "Current user cannot act as service account worker@my-project.iam.gserviceaccount.com",
+        ),
         (404, "NOT_FOUND", "Project my-project was not found"),
         (409, "ALREADY_EXISTS", "There is already an active job named my-own-name"),
         (429, "RESOURCE_EXHAUSTED", "Quota NVIDIA_L4_GPUS exceeded in europe-west4"),
@@ -316,12 +359,19 @@ def test_finished_parts_of_a_job_that_was_cancelled_are_kept(
     ],
 )
 def test_a_refused_job_is_one_message(
-    service: Any, store: Store, capsys: pytest.CaptureFixture, code: int, status: str, message: str
+    service: Any,
+    store: Store,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    status: str,
+    message: str,
 ) -> None:
+    """What the person, or who gives permissions, can mend ends with 2; what may be gone later with 1."""
     service.refusal = code, status, message
-    assert build(service, catalog(store, "refused")) == 1
+    assert build(service, catalog(store, "refused")) == (2 if code < 429 else 1)
     told = capsys.readouterr().err
-    assert told.count(message) == 1 and "Traceback" not in told
+    assert told.count(message) == 1 and "Traceback" not in told and message not in caplog.text
     assert not service.jobs and service.num_refused == (4 if code == 503 else 1)
 
 
@@ -329,3 +379,67 @@ def test_a_service_that_is_not_there(service: Any, store: Store, capsys: pytest.
     assert build(service, catalog(store, "refused"), "--dataflow_endpoint=http://localhost:9") == 1
     told = capsys.readouterr().err
     assert "Connection refused" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("status", "methods", "told"),
+    [
+        (401, "GET", "no Google account: "),
+        (403, "GET", "--temp_location=gs://photos/temp cannot be written: "),
+        (403, "POST", "--temp_location=gs://photos/temp cannot be written: "),
+    ],
+)
+def test_a_bucket_that_may_not_be_written(
+    service: Any, store: Store, bucket: Proxy, capsys: pytest.CaptureFixture, status: int, methods: str, told: str
+) -> None:
+    """Known at once: Beam would try eight times, in ten minutes. (`photos?` is how Beam asks, and nobody else.)"""
+    bucket.fail(Rule(status, methods=methods, path="b/photos?proj" if methods == "GET" else "uploadType=resumable"))
+    assert build(service, catalog(store, "forbidden")) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and not service.jobs
+    assert bucket.num_failed() == 1
+
+
+def test_a_bucket_that_is_not_there(service: Any, store: Store, capsys: pytest.CaptureFixture) -> None:
+    assert build(service, catalog(store, "nowhere"), "--staging_location=gs://not-there/staged") == 2
+    error = capsys.readouterr().err
+    assert "--staging_location=gs://not-there/staged cannot be written: " in error and error.count("\n") == 1
+    assert "does not exist" in error and "name a bucket that is there" in error
+
+
+def test_nobody(
+    service: Any, store: Store, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without an account, and without `--no_auth`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    assert build(service, catalog(store, "nobody"), is_anonymous=False) == 2
+    error = capsys.readouterr().err
+    assert "no Google account: " in error and "gcloud auth application-default login" in error and not service.jobs
+
+
+# --- templates -----------------------------------------------------------------------------------
+
+
+def test_a_template_is_written_and_its_job_finds_the_plan(service: Any, store: Store) -> None:
+    """What the launcher of a Flex Template does: no job is submitted here, and nothing that it reads goes away."""
+    place = catalog(store, "templated")
+    assert build(service, place, "--template_location=gs://photos/templates/job") == 0
+    assert not service.jobs
+    job = dataflow.Job.from_json(storage.read_bytes("gs://photos/templates/job", store.options))
+    assert [shard.uri for shard in planned(job, store)] == ["gs://photos/corpus/a.tar", "gs://photos/corpus/b.tar"]
+    service.jobs.append(job)
+    service_module.run_here(service)
+    assert len(identities(place, store)) == 6
+
+
+# --- other commands ------------------------------------------------------------------------------
+
+
+def test_an_index_is_made_there_too(done: SimpleNamespace, service: Any, capsys: pytest.CaptureFixture) -> None:
+    assert done.code == 0
+    service.work = service_module.run_here
+    assert command(service, "index", "gs://photos/catalog") == 0
+    assert (
+        service.jobs[0].name.startswith("beamsight-index-") and "6 vectors of 3 dimensions" in capsys.readouterr().out
+    )
