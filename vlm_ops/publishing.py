@@ -192,7 +192,7 @@ def _manifest(
 ) -> RunManifest:
     started = datetime.fromisoformat(config.started_at)
     finished = datetime.now(UTC)
-    computed = [summary for summary in summaries if not summary.is_reused]
+    computed = [summary for summary in summaries if summary.run_id == config.run_id]
     record = commit.record if commit and commit.record.run_id == config.run_id else None
     return RunManifest(
         run_id=config.run_id,

@@ -75,8 +75,8 @@ def publish_tags(config: TagPublishConfig, summaries: Sequence[TagSummary]) -> T
         "images": record.num_images,
         "images_tagged": record.num_tagged,
         "images_kept": record.num_images - record.num_tagged,
-        "parts_reused": sum(summary.is_reused for summary in summaries),
-        "stage_sec": _seconds([summary for summary in summaries if not summary.is_reused]),
+        "parts_reused": sum(summary.run_id != config.run_id for summary in summaries),
+        "stage_sec": _seconds([summary for summary in summaries if summary.run_id == config.run_id]),
     }
     storage.write_bytes(catalog.run_file(config.run_id, RUN_METRICS), to_json(metrics).encode(), options)
     return record
