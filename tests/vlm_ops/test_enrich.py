@@ -26,8 +26,8 @@ RECIPE = Recipe(plan_ops(["quality", "features", "embedding"], "python:tests.toy
 
 
 def config_for(tmp_path: Path, **changes: object) -> EnrichConfig:
-    values = {"batch_size": 8, "num_threads": 3, "settings": CPU} | changes
-    return EnrichConfig(str(tmp_path / "catalog"), RECIPE, "run1", ReadConfig(10**7), **values)  # type: ignore[arg-type]
+    values = {"run_id": "run1", "batch_size": 8, "num_threads": 3, "settings": CPU} | changes
+    return EnrichConfig(str(tmp_path / "catalog"), RECIPE, read=ReadConfig(10**7), **values)  # type: ignore[arg-type]
 
 
 def shard_of(tmp_path: Path, members: list[tuple[str, bytes]], name: str = "shard.tar") -> ShardRef:
