@@ -30,7 +30,7 @@ def run(options: IndexOptions) -> int:
     run_id = new_run_id()
     pipeline = beam.Pipeline(options=beam_options("index", options))
     _ = pipeline | beam.Create([run_id]) | PublishIndex(catalog.root, options.storage_options)
-    if not run_to_end(pipeline):
+    if run_to_end(pipeline) is None:
         return 0
     manifest = read_index_manifest(catalog, run_id, options.storage_options)
     print(

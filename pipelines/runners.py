@@ -151,10 +151,7 @@ def _check_flink(options: PipelineOptions) -> None:
 
 def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]]) -> None:
     for flag, place in places:
-        if storage.is_local(place):
-            raise ValueError(
-                f"Dataflow's workers cannot see {place!r} of this machine; give {flag} a place in a bucket, such as gs://BUCKET/..."
-            )
+        check_seen_everywhere(flag, place)
     try:
         from apache_beam.runners.dataflow.internal import apiclient  # noqa: F401
     except ImportError as error:
@@ -176,12 +173,22 @@ def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]])
         )
 
 
-def run_to_end(pipeline: beam.Pipeline) -> bool:
+def check_seen_everywhere(flag: str, place: str) -> None:
+    """Raises:
+    ValueError: The place is of this machine alone.
+    """
+    if storage.is_local(place):
+        raise ValueError(
+            f"Dataflow's workers cannot see {place!r} of this machine; give {flag} a place in a bucket, such as gs://BUCKET/..."
+        )
+
+
+def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
     """Runs a pipeline and waits. Beam's workers print the traceback of an error to stderr wherever it
     passes; the error comes to the caller all the same, who says it once.
 
     Returns:
-        Whether it has run; not so where `--template_location` was given, and a template was made of it.
+        What came of it; None where `--template_location` was given, and a template was made of it.
 
     Raises:
         ValueError: Google refused the job for what it is, or for who asks.
@@ -194,7 +201,7 @@ def run_to_end(pipeline: beam.Pipeline) -> bool:
         result = _submit(pipeline)
         if cloud.template_location:
             logger.info("a template of the job was written to %s", cloud.template_location)
-            return False
+            return None
         page, job_id = "", getattr(result, "job_id", None)
         if job_id:  # Dataflow's
             page = f"https://console.cloud.google.com/dataflow/jobs/{cloud.region}/{job_id()}?project={cloud.project}"
@@ -210,7 +217,7 @@ def run_to_end(pipeline: beam.Pipeline) -> bool:
             raise
     if job_id and state != PipelineState.DONE:
         raise RuntimeError(f"the job {_told(str(state), '')}; {page}")
-    return True
+    return result
 
 
 def _submit(pipeline: beam.Pipeline) -> PipelineResult:

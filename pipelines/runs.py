@@ -96,7 +96,7 @@ def execute(run: Run, state: CatalogState) -> int:
         # A model that cannot be loaded is a mistake of the command, and known before any work where that is done here.
         _loaded = enricher.acquire(lambda: Enricher(enrich)) if how.runner == "local" and run.plan.shards else None
         with _progress(run, run_id):
-            if not run_to_end(pipeline):
+            if run_to_end(pipeline) is None:
                 known = planned = None  # the template's job reads them
                 return EXIT_OK
     finally:

@@ -94,7 +94,7 @@ def run(options: TagOptions) -> int:
     _ = work | "Tag" >> TagParts(config) | "Publish" >> PublishTags(publish)
     amounts = {each.name: each.num_rows for each in plan.work}
     with watching("tag", amounts, lambda: storage.names_in(catalog.tags, storage_options)):
-        if not run_to_end(pipeline):
+        if run_to_end(pipeline) is None:
             return 0
     wall_sec = time.perf_counter() - started
     print(_summary(catalog, config, state.images, wall_sec))
