@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -36,6 +38,7 @@ from vlm_ops.run_manifests import read_manifest
 dataflow = pytest.importorskip("google.cloud.dataflow", reason="needs beamsight[dataflow]")
 service_module = pytest.importorskip("tests.dataflow_service")
 IMAGE = "europe-west4-docker.pkg.dev/my-project/beamsight/worker:0.1.0"
+FLEX_TEMPLATE = Path(__file__).parents[2] / "examples" / "flex_template"
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # as Beam checks it, and Dataflow
 A100 = "worker_accelerator=type:nvidia-tesla-a100;count:1;install-nvidia-driver"
 L4 = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
@@ -431,6 +434,31 @@ def test_a_template_is_written_and_its_job_finds_the_plan(service: Any, store: S
     service.jobs.append(job)
     service_module.run_here(service)
     assert len(identities(place, store)) == 6
+
+
+def test_the_launcher_of_the_flex_template(service: Any, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its flags as Google's launcher gives them, with the parameters that the metadata declare."""
+    metadata = json.loads((FLEX_TEMPLATE / "metadata.json").read_text())
+    parameters = {"input": "gs://photos/corpus/*.tar", "catalog": catalog(store, "flex"), "sdk_container_image": IMAGE,
+                  "model": "python:tests.toys", "device": "cuda", "dtype": "bfloat16"}  # fmt: skip
+    assert set(parameters) == {each["name"] for each in metadata["parameters"]}
+    for each in metadata["parameters"]:
+        assert all(re.fullmatch(regex, parameters[each["name"]]) for regex in each.get("regexes", []))
+    flags = [
+        "--runner=DataflowRunner", "--project=my-project", "--region=europe-west4", "--job_name=nightly",
+        "--temp_location=gs://photos/temp", "--template_location=gs://photos/templates/flex", "--no_auth",
+        "--storage_options", json.dumps({"token": "anon"}), f"--dataflow_endpoint={service.url}",
+    ]  # fmt: skip
+    monkeypatch.setattr(
+        sys, "argv", ["launch.py", *(f"--{name}={value}" for name, value in parameters.items()), *flags]
+    )
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FLEX_TEMPLATE / "launch.py"), run_name="__main__")
+    assert ended.value.code == 0
+    job = dataflow.Job.from_json(storage.read_bytes("gs://photos/templates/flex", store.options))
+    assert job.name == "nightly" and list(job.environment.service_options) == [L4]
+    assert "no_use_multiple_sdk_containers" in job.environment.experiments
+    assert len(planned(job, store)) == 2
 
 
 # --- other commands ------------------------------------------------------------------------------
