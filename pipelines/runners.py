@@ -51,6 +51,10 @@ _REFUSALS = {
 }
 
 
+class LostJobError(OSError):
+    """A job that was submitted and does not answer any more; it may still be at work."""
+
+
 def beam_flags(command: str, options: RunningOptions) -> list[str]:
     """The flags that Beam is given: those of the preset that no given flag replaces, and the given ones.
 
@@ -193,6 +197,7 @@ def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
     Raises:
         ValueError: Google refused the job for what it is, or for who asks.
         RuntimeError: The job failed, or somebody cancelled it.
+        LostJobError: Nobody knows.
     """
     _check_staging(pipeline.options)
     cloud = pipeline.options.view_as(GoogleCloudOptions)
@@ -214,6 +219,8 @@ def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
         except Exception as error:
             if failure := _DATAFLOW_FAILURE.fullmatch(str(error)):
                 raise RuntimeError(f"the job {_told(*failure.groups())}; {page}") from error
+            if job_id:
+                raise LostJobError(f"the job goes on, but cannot be seen any more: {error}; {page}") from error
             raise
     if job_id and state != PipelineState.DONE:
         raise RuntimeError(f"the job {_told(str(state), '')}; {page}")

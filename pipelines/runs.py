@@ -15,9 +15,9 @@ from apache_beam.utils.shared import Shared
 
 from pipelines.options import BuildOptions, RetryOptions, model_settings
 from pipelines.progress import Progress, watching
-from pipelines.runners import beam_options, run_to_end
+from pipelines.runners import LostJobError, beam_options, run_to_end
 from pipelines.transforms import EnrichShards, PublishRun, ReadShardRefs
-from schemas.catalog import RUN_CONTENTS, RUN_REPORT, RUN_SHARDS, CatalogLayout
+from schemas.catalog import RUN_CONTENTS, RUN_MANIFEST, RUN_REPORT, RUN_SHARDS, CatalogLayout
 from schemas.manifests import RunManifest
 from schemas.recipes import Recipe
 from vlm_ops import storage
@@ -99,10 +99,19 @@ def execute(run: Run, state: CatalogState) -> int:
             if run_to_end(pipeline) is None:
                 known = planned = None  # the template's job reads them
                 return EXIT_OK
+    except LostJobError:
+        known = planned = None
+        raise
     finally:
         for uri in filter(None, (known, planned)):
             storage.remove(uri, options)
-    manifest = read_manifest(run.catalog, run_id, options)
+    try:
+        manifest = read_manifest(run.catalog, run_id, options)
+    except FileNotFoundError as error:
+        place = run.catalog.run_file(run_id, RUN_MANIFEST)
+        raise RuntimeError(
+            f"the job has ended well, but {place} is not there: did its workers write elsewhere?"
+        ) from error
     write_run_report(run.catalog, manifest, options)
     if manifest.status == "refused":
         print(refusal(manifest, run.catalog, run.max_failure_rate), file=sys.stderr)

@@ -19,10 +19,13 @@ from typing import Any
 import pytest
 from apache_beam.coders import StrUtf8Coder
 from apache_beam.internal import pickler
+from apache_beam.internal.gcp import auth
 from apache_beam.portability import common_urns, python_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow import dataflow_runner
 from apache_beam.utils import retry
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from deltalake import DeltaTable
 
 from pipelines.cli import main
@@ -295,6 +298,13 @@ def test_a_job_that_fails_says_why(service: Any, store: Store, capsys: pytest.Ca
     assert "run the same command again" in message and "Traceback" not in message
 
 
+def test_a_job_that_is_done_and_has_written_nothing(service: Any, store: Store, capsys: pytest.CaptureFixture) -> None:
+    service.work = lambda service: None
+    assert build(service, catalog(store, "elsewhere")) == 1
+    message = capsys.readouterr().err
+    assert "the job has ended well, but gs://photos/elsewhere/runs/" in message and "is not there" in message
+
+
 def test_a_job_that_somebody_cancels(service: Any, store: Store, capsys: pytest.CaptureFixture) -> None:
     service.work = lambda service: service.cancel()
     assert build(service, catalog(store, "cancelled")) == 1
@@ -316,6 +326,19 @@ def test_ctrl_c_cancels_the_job(
     assert build(service, catalog(store, "interrupted")) == 130
     assert service.cancelled.is_set()
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_a_job_that_is_out_of_sight_goes_on(service: Any, store: Store, capsys: pytest.CaptureFixture) -> None:
+    """A launcher without network: what the job reads stays, and the job publishes."""
+    service.is_mute = True
+    service.work = lambda service: service.cancelled.wait(10)
+    place = catalog(store, "unseen")
+    assert build(service, place) == 1
+    message = capsys.readouterr().err
+    assert "the job goes on, but cannot be seen any more: " in message and service.jobs[0].id in message
+    service_module.run_here(service)
+    assert len(identities(place, store)) == 6
+    service.cancelled.set()
 
 
 def test_finished_parts_of_a_job_that_was_cancelled_are_kept(
@@ -342,35 +365,22 @@ def test_finished_parts_of_a_job_that_was_cancelled_are_kept(
 # --- submissions that are refused ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("code", "status", "message"),
-    [
-        (
-            400,
-            "INVALID_ARGUMENT",
-            "The workflow could not be created. Causes: the machine type g2-standard-8 is not in the zone",
-        ),
-        (
-            403,
-            "PERMISSION_DENIED",
-            "Current user cannot act as service account worker@my-project.iam.gserviceaccount.com",
-        ),
-        (404, "NOT_FOUND", "Project my-project was not found"),
-        (409, "ALREADY_EXISTS", "There is already an active job named my-own-name"),
-        (429, "RESOURCE_EXHAUSTED", "Quota NVIDIA_L4_GPUS exceeded in europe-west4"),
-        (503, "UNAVAILABLE", "The service is currently unavailable"),
-    ],
-)
+REFUSALS = {
+    400: ("INVALID_ARGUMENT", "The workflow could not be created. Causes: the machine type is not in the zone"),
+    403: ("PERMISSION_DENIED", "Current user cannot act as service account worker@my-project.iam.gserviceaccount.com"),
+    404: ("NOT_FOUND", "Project my-project was not found"),
+    409: ("ALREADY_EXISTS", "There is already an active job named my-own-name"),
+    429: ("RESOURCE_EXHAUSTED", "Quota NVIDIA_L4_GPUS exceeded in europe-west4"),
+    503: ("UNAVAILABLE", "The service is currently unavailable"),
+}
+
+
+@pytest.mark.parametrize("code", REFUSALS)
 def test_a_refused_job_is_one_message(
-    service: Any,
-    store: Store,
-    capsys: pytest.CaptureFixture,
-    caplog: pytest.LogCaptureFixture,
-    code: int,
-    status: str,
-    message: str,
+    service: Any, store: Store, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
     """What the person, or who gives permissions, can mend ends with 2; what may be gone later with 1."""
+    status, message = REFUSALS[code]
     service.refusal = code, status, message
     assert build(service, catalog(store, "refused")) == (2 if code < 429 else 1)
     told = capsys.readouterr().err
@@ -408,6 +418,21 @@ def test_a_bucket_that_is_not_there(service: Any, store: Store, capsys: pytest.C
     error = capsys.readouterr().err
     assert "--staging_location=gs://not-there/staged cannot be written: " in error and error.count("\n") == 1
     assert "does not exist" in error and "name a bucket that is there" in error
+
+
+def test_an_account_is_used(service: Any, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A service account's key, whose tokens come from this machine too."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    account = {"type": "service_account", "client_email": "launcher@my-project.iam.gserviceaccount.com", "private_key": pem,
+               "private_key_id": "1", "token_uri": f"{service.url}/token", "project_id": "my-project"}  # fmt: skip
+    (tmp_path / "key.json").write_text(json.dumps(account))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    for name in ("_credentials_init", "_credentials"):  # Beam asks once a process
+        monkeypatch.setattr(auth._Credentials, name, None)
+    service.work = refuse_to_work
+    assert build(service, catalog(store, "account"), is_anonymous=False) == 1
+    assert len(service.jobs) == 1 and "Bearer" in service.authorizations
 
 
 def test_nobody(
