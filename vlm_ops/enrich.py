@@ -158,7 +158,7 @@ class Enricher:
         name = shard.part_name(config.recipe.recipe_id)
         if found := read_summary(catalog, name, options):
             if has_failures_part(catalog, found, options):
-                return PartSummary(**{**vars(found), "is_reused": True})
+                return replace(found, is_reused=True)
             storage.remove(f"{catalog.images}/{name}", options)  # half of it is gone, so it is computed again
         stage_sec: dict[str, float] = {}
         with (
