@@ -129,7 +129,10 @@ class FileRef:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FileRef:
         """The reverse of `to_dict`, also after JSON has made lists of tuples."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields_: dict[str, Any] = {}
+        for name, value in values.items():
+            fields_[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**fields_)
 
 
 @dataclass(frozen=True, slots=True)

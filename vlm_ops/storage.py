@@ -174,9 +174,7 @@ def write_bytes(uri: str, data: bytes, storage_options: StorageOptions | None = 
         file.write(data)
 
 
-def read_ahead(
-    read: Callable[[_Item], _Read], items: Iterable[_Item], num_ahead: int
-) -> Iterator[tuple[_Item, _Read]]:
+def read_ahead(read: Callable[[_Item], _Read], items: Iterable[_Item], num_ahead: int) -> Iterator[tuple[_Item, _Read]]:
     """(item, what reading it gives) of each, in order. So many are read at a time, and wait: object storage is slow to answer,
     and not slower to answer many."""
     pending: deque[tuple[_Item, Future[_Read]]] = deque()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,17 +137,6 @@ def num_unknown(catalog: CatalogLayout, work: TagWork, storage_options: storage.
         rows = pq.ParquetFile(file).read(columns=["image_id", *ROW_COLUMNS]).combine_chunks()
     (batch,) = rows.to_batches()
     return sum(key not in known for key in zip(batch["image_id"].to_pylist(), row_hashes(batch), strict=True))
-
-
-def finished(
-    catalog: CatalogLayout, work: Iterable[TagWork], storage_options: storage.StorageOptions
-) -> Iterator[TagWork]:
-    """Those whose parts are there by now."""
-    try:
-        names = storage.names_in(catalog.tags, storage_options)
-    except FileNotFoundError:
-        return
-    yield from (each for each in work if each.name in names)
 
 
 def write_tags(
