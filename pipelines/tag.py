@@ -96,11 +96,15 @@ def run(options: TagOptions) -> int:
     work = pipeline | "Parts" >> ListedWork(listed, TagWork.from_json, storage_options)
     _ = work | "Tag" >> TagParts(config) | "Publish" >> PublishTags(publish)
     amounts = {each.name: each.num_rows for each in plan.work}
+    is_running_on = False
     try:
         with watching("tag", amounts, lambda: storage.names_in(catalog.tags, storage_options)):
-            run_to_end(pipeline)
+            is_running_on = run_to_end(pipeline) is None
     finally:
-        storage.remove(listed.uri, storage_options)
+        if not is_running_on:
+            storage.remove(listed.uri, storage_options)
+    if is_running_on:
+        return 0
     wall_sec = time.perf_counter() - started
     print(_summary(catalog, config, state.images, wall_sec))
     return 0
