@@ -25,6 +25,7 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
+from pipelines.runner_checks.flink import check_job_server, check_master
 from vlm_ops import storage
 from vlm_ops.cores import usable_cores
 
@@ -139,6 +140,14 @@ def _check_flink(options: PipelineOptions) -> None:
             "Flink's workers have no Beamsight; give --sdk_container_image=IMAGE, --environment_type=EXTERNAL with "
             "--environment_config=HOST:PORT of a worker pool, or --environment_type=PROCESS (docs/flink.md)"
         )
+    if portable.job_endpoint:  # what is to be seen from there is not seen from here
+        return
+    # Beam would try for more than a minute.
+    flink = options.view_as(FlinkRunnerOptions)
+    job_server, speaks = check_job_server(flink.flink_job_server_jar, flink.flink_version)
+    found = [job_server, *(() if is_embedded else check_master(flink.flink_master, speaks or flink.flink_version))]
+    if problem := next((each for each in found if each.status == "problem"), None):
+        raise ValueError(f"{problem.told}; {problem.remedy}")
 
 
 def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]]) -> None:

@@ -55,10 +55,10 @@ taskmanager.memory.network.min: 64m
 taskmanager.memory.network.max: 64m
 io.tmp.dirs: {folder}/tmp
 heartbeat.interval: 1000
-heartbeat.timeout: 8000
+heartbeat.timeout: 20000
 cluster.evenly-spread-out-slots: true
 restart-strategy.type: fixed-delay
-restart-strategy.fixed-delay.attempts: 3
+restart-strategy.fixed-delay.attempts: 5
 restart-strategy.fixed-delay.delay: 1s
 classloader.check-leaked-classloader: false
 """
@@ -113,11 +113,6 @@ class FlinkCluster:
         """The jobs in these states, oldest first."""
         jobs = self.ask("/jobs/overview")["jobs"]
         return sorted((job for job in jobs if job["state"] in states), key=lambda job: job["start-time"])
-
-    def cancel(self, job: dict[str, Any]) -> None:
-        """Cancels a job, and waits until it is."""
-        self.ask(f"/jobs/{job['jid']}?mode=cancel", "PATCH")
-        wait_until(lambda: self.ask(f"/jobs/{job['jid']}")["state"] == "CANCELED", "the job to be cancelled", 60)
 
     def task_managers(self) -> list[Process]:
         return self.network.processes(_TASK_MANAGER)
@@ -209,6 +204,10 @@ class Command:
             raise
         assert self.process.returncode == code, f"{self.process.returncode}\n{printed}\n{self.errors}"
         return printed
+
+    def interrupt(self) -> None:
+        """As Ctrl-C in a terminal does: the command, and whatever it has started."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def kill(self) -> None:
         """The command, and the job server that it has started."""

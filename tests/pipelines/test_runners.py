@@ -122,6 +122,8 @@ def test_printed_flags_are_those_that_beam_is_given_and_nothing_is_done(
     ("flags", "told"),
     [
         (["--runner", "flink", "--flink_master=flink:8081"], "Flink's workers have no Beamsight; give --sdk_container_image"),
+        (["--runner", "flink", *FLINK, "--flink_master=127.0.0.1:1"], "127.0.0.1:1 does not answer: [Errno 111] Connection refused; start"),
+        (["--runner", "flink", *FLINK, "--flink_job_server_jar=/no.jar"], "there is no /no.jar; fetch beam-runners-flink-"),
         (["--num_workers=3"], "--num_workers is of Dataflow's machines; did you mean --num_threads?"),
         (["--runner", "flink", *FLINK, "--num_thread=3"], "unknown flag '--num_thread=3'; did you mean --num_threads?"),
         (["--runner", "dataflow", *DATAFLOW[:3]], "Dataflow's workers have no Beamsight; give --sdk_container_image"),
