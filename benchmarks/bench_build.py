@@ -134,7 +134,7 @@ def build(inputs: list[str], threads: int, scratch: Path, flags: Sequence[str] =
     shutil.rmtree(catalog, ignore_errors=True)
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        fixed = ["--device", "cpu", "--num_workers", str(threads)]
+        fixed = ["--device", "cpu", "--num_threads", str(threads)]
         code = beamsight(["build", "--input", *inputs, "--catalog", str(catalog), *fixed, *flags])
     assert code == 0, quiet.getvalue()
 

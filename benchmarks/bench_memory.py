@@ -64,7 +64,7 @@ def write_corpus(folder: Path, photos: list[bytes], count: int) -> None:
 def measure(scratch: Path, count: int, ops: str, threads: int) -> float:
     """Peak resident memory of a build, in MB."""
     command = [sys.executable, "-m", "pipelines.cli", "build", "--input", str(scratch / str(count))]
-    command += ["--catalog", str(scratch / f"catalog-{count}"), "--ops", ops, "--num_workers", str(threads)]
+    command += ["--catalog", str(scratch / f"catalog-{count}"), "--ops", ops, "--num_threads", str(threads)]
     started = time.perf_counter()
     process = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

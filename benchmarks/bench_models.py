@@ -230,7 +230,7 @@ def on_gpu(
     names = [str(scratch / f"copy{number}.tar") for number in range(copies)]
     for name in names:
         shutil.copy(shard, name)
-    flags = ("--model", f"hf:{path}", "--ops", op, "--device", device, "--num_workers", str(threads))
+    flags = ("--model", f"hf:{path}", "--ops", op, "--device", device, "--num_threads", str(threads))
     naive = by_hand(path, datas, device)
     rates: dict[str, list[float]] = {"model alone": [], "build": [], BY_HAND: []}
     with ThreadPoolExecutor(threads) as pool:

@@ -52,7 +52,7 @@ def main() -> None:
         for _ in range(args.rounds):
             shutil.rmtree(f"{scratch}/large/tags", ignore_errors=True)
             started = time.perf_counter()
-            beamsight("tag", large.root, "--num_workers", str(args.threads))
+            beamsight("tag", large.root, "--num_threads", str(args.threads))
             rates.append(num_images / (time.perf_counter() - started))
             print(f"{num_images} images: {rates[-1]:.0f} images/s", flush=True)
         started = time.perf_counter()

@@ -14,6 +14,7 @@ from pipelines.progress import counting
 from pipelines.runs import EXIT_OK, Run, execute
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
+from vlm_ops.cores import usable_cores
 from vlm_ops.inputs import Listing, list_inputs
 from vlm_ops.ops import plan_ops
 from vlm_ops.planning import Plan, PlanConfig, kept_inputs, plan_inputs, with_changed_bytes, with_refused_parts
@@ -44,7 +45,9 @@ def run(options: BuildOptions) -> int:
     listing = list_inputs(input_config(options, options.input))
     _check_inputs(listing, catalog, options)
     state = current_state(catalog, options.storage_options)
-    config = PlanConfig(catalog, recipe, read_config(options), options.files_per_shard, options.num_workers)
+    config = PlanConfig(
+        catalog, recipe, read_config(options), options.files_per_shard, options.num_threads or usable_cores()
+    )
     plan = plan_inputs(config, state, listing)
     _check_recipe(config, state, plan, options)
     if options.verify_content:

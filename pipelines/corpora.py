@@ -54,7 +54,7 @@ def encode_corpus(
     read = read_config(options)
     enricher = Enricher(
         EnrichConfig(
-            catalog.root, recipe, "corpus", read, model_settings(options), options.batch_size, options.num_workers
+            catalog.root, recipe, "corpus", read, model_settings(options), options.batch_size, options.num_threads
         )
     )
     columns = list(dict.fromkeys([*INDEX_ROW_COLUMNS, *_BESIDE, *columns]))

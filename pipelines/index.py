@@ -28,7 +28,7 @@ def run(options: IndexOptions) -> int:
     if record is None or record.recipe.encoder is None:
         raise ValueError(f"the catalog {catalog.root} holds no embeddings; build it with --ops embedding among them")
     run_id = new_run_id()
-    pipeline = beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args))
+    pipeline = beam.Pipeline(options=beam_options("index", options))
     _ = pipeline | beam.Create([run_id]) | PublishIndex(catalog.root, options.storage_options)
     run_to_end(pipeline)
     manifest = read_index_manifest(catalog, run_id, options.storage_options)

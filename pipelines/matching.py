@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 from tqdm import tqdm
 
+from vlm_ops.cores import usable_cores
 from vlm_ops.models import ImageEncoding, MatchingModel, describe_model, load_image_model
 from vlm_ops.models.settings import ModelSettings
 
@@ -41,7 +42,7 @@ def match_pairs(
     encoding: ImageEncoding,
     rows: Sequence[int] | np.ndarray,
     texts: Sequence[str],
-    num_threads: int,
+    num_threads: int | None,
 ) -> np.ndarray:
     """float32[m]: the probability that texts[i] describes image rows[i] of the encoding. Shows a bar on a terminal."""
     starts = range(0, len(texts), _PAIRS_PER_CALL)
@@ -50,6 +51,6 @@ def match_pairs(
         chunk = slice(start, start + _PAIRS_PER_CALL)
         return model.match(encoding, [int(row) for row in rows[chunk]], texts[chunk])
 
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(num_threads or usable_cores()) as pool:
         matched = tqdm(pool.map(match, starts), total=len(starts), desc="pairs", disable=not sys.stderr.isatty())
         return np.concatenate([np.empty(0, np.float32), *matched])

@@ -30,6 +30,7 @@ from schemas.recipes import (
     Recipe,
 )
 from schemas.samples import FILES_PER_SHARD, INPUT_FORMATS
+from vlm_ops.cores import usable_cores
 from vlm_ops.models.settings import DTYPES, ENGINES, ModelSettings, check, planned
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class ReadingOptions:
     model: str
     device: str
     batch_size: int | None
-    num_workers: int
+    num_threads: int | None
     max_image_bytes: int
     max_image_pixels: int
 
@@ -79,8 +80,19 @@ class ModelOptions(ReadingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions(ModelOptions):
-    """Flags of `beamsight build`; `beam_args` are those that belong to Beam."""
+class RunningOptions:
+    """Flags of every command that runs a pipeline. `num_threads` None: as many as the machine at work has cores;
+    `beam_args` are the flags that belong to Beam."""
+
+    runner: str
+    num_threads: int | None
+    device: str = "cpu"
+    beam_args: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(RunningOptions, ModelOptions):
+    """Flags of `beamsight build`."""
 
     catalog: str
     ops: tuple[str, ...] | None
@@ -93,8 +105,6 @@ class BuildOptions(ModelOptions):
     verify_content: bool
     no_recompute: bool
     dry_run: bool
-    runner: str
-    beam_args: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +180,8 @@ class CatalogOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexOptions(CatalogOptions):
+class IndexOptions(RunningOptions, CatalogOptions):
     """Flags of `beamsight index`, and of every command that runs a pipeline on a catalog."""
-
-    runner: str
-    num_workers: int
-    beam_args: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +326,7 @@ def parse_build(argv: Sequence[str]) -> BuildOptions:
     add("--dry_run", action="store_true", help="say what would be done, and do nothing")
     _add_running(parser)
     args, beam_args = parser.parse_known_args(argv)
-    _check_beam_args(parser, args, beam_args)
+    _check_running(parser, args, beam_args)
     return BuildOptions(**{**vars(args), "input": tuple(args.input), "beam_args": tuple(beam_args)})
 
 
@@ -360,7 +366,7 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateOptions:
     add(
         "--html", metavar="FILE", help="also write examples, such as the best and the worst, as one self-contained page"
     )
-    _add_workers(parser)
+    _add_threads(parser)
     args = parser.parse_args(argv)
     _check_evaluated(parser, args)
     templates = tuple(args.template) or ("a photo of a {}",)
@@ -394,7 +400,7 @@ def parse_score(argv: Sequence[str]) -> ScoreOptions:
     add("--text", action="append", default=[], help="with each --image; may be given several times")
     add("--json", action="store_true", help="one JSON line a pair, as always with --input")
     add("--output", metavar="FILE", help="write the JSON lines to a file, local or remote, in place of the terminal")
-    _add_workers(parser)
+    _add_threads(parser)
     args = parser.parse_args(argv)
     if args.input and (args.image or args.text):
         parser.error("--input scores images with their own captions; leave out --image and --text")
@@ -452,7 +458,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     add("--output", required=True, metavar="DIR", help="the model directory to write; use it as --model dir:DIR")
     _add_training_models(parser.add_argument_group("what is trained"))
     _add_training_recipe(parser.add_argument_group("how it is trained"))
-    _add_workers(parser)
+    _add_threads(parser)
     parser.set_defaults(model=None)
     args = parser.parse_args(argv)
     for name, kinds in READ_BY.items():
@@ -560,7 +566,7 @@ def parse_index(argv: Sequence[str]) -> IndexOptions:
     _add_storage(parser)
     _add_running(parser)
     args, beam_args = parser.parse_known_args(argv)
-    _check_beam_args(parser, args, beam_args)
+    _check_running(parser, args, beam_args)
     return IndexOptions(**vars(args), beam_args=tuple(beam_args))
 
 
@@ -594,7 +600,7 @@ def parse_tag(argv: Sequence[str]) -> TagOptions:
     _add_storage(parser)
     _add_running(parser)
     args, beam_args = parser.parse_known_args(argv)
-    _check_beam_args(parser, args, beam_args)
+    _check_running(parser, args, beam_args)
     if args.calibrate and not (args.mapping and args.calibration):
         parser.error(
             "--calibrate needs --mapping, which says what the labels mean, and --calibration, the file to write"
@@ -616,7 +622,7 @@ def parse_retry(argv: Sequence[str]) -> RetryOptions:
     _add_storage(parser)
     _add_running(parser)
     args, beam_args = parser.parse_known_args(argv)
-    _check_beam_args(parser, args, beam_args)
+    _check_running(parser, args, beam_args)
     return RetryOptions(**vars(args), beam_args=tuple(beam_args))
 
 
@@ -1155,31 +1161,50 @@ def _device(text: str) -> str:
     return text
 
 
-def _add_workers(parser: argparse._ActionsContainer) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    parser.add_argument("--num_workers", type=_positive_int, default=cores,
-                        help="threads of a process (default: the cores, %(default)s here)")  # fmt: skip
+def _add_threads(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--num_threads", type=_positive_int,
+        help=f"threads of a process (default: the cores of the machine at work, {usable_cores()} here)")  # fmt: skip
 
 
 def _add_running(parser: _Parser) -> None:
     parser.takes_beam_flags = True
     group = parser.add_argument_group("running", "Any other flag goes to Apache Beam.")
-    group.add_argument("--runner", default="local", help="local, or the name of a Beam runner (default: %(default)s)")
-    _add_workers(group)
+    group.add_argument("--runner", default="local",
+        help="local, flink, dataflow, or the name of a Beam runner, whose flags are then all given (default: %(default)s)")  # fmt: skip
+    group.add_argument(
+        "--print_beam_flags", action="store_true", help="print the flags that Beam is given, and do nothing"
+    )
+    _add_threads(group)
 
 
-def _check_beam_args(parser: argparse.ArgumentParser, args: argparse.Namespace, beam_args: list[str]) -> None:
-    """A local run knows all of Beam's flags, so what is none of them is a typing error. Other
-    runners have flags of their own, which only they can check."""
-    if not beam_args or args.runner != "local":
+def _check_running(parser: argparse.ArgumentParser, args: argparse.Namespace, beam_args: list[str]) -> None:
+    """Checks the flags that belong to Beam, or prints them, and ends, where that is asked for."""
+    prints = args.__dict__.pop("print_beam_flags")
+    if args.runner == "local" and not beam_args and not prints:
         return
-    from pipelines.runners import unknown_beam_args
+    from pipelines.runners import beam_flags, check_flags, unknown_beam_args
 
-    unknown = unknown_beam_args(beam_args)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
-        parser.error(f"unknown flag {unknown[0]!r}" + (f"; did you mean {close[0]}?" if close else ""))
+    unknown = unknown_beam_args(beam_args) if args.runner in ("local", "flink", "dataflow") else []
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for flag in unknown:
+        close = difflib.get_close_matches(flag.partition("=")[0], flags, 1)
+        # Flink's job server has flags of its own, which only it can check.
+        if args.runner != "flink" or (close and flag.startswith("--")):
+            parser.error(f"unknown flag {flag!r}" + (f"; did you mean {close[0]}?" if close else ""))
+    if args.runner == "local" and any(flag.partition("=")[0] == "--num_workers" for flag in beam_args):
+        parser.error("--num_workers is of Dataflow's machines; did you mean --num_threads?")
+    command, device = parser.prog.split()[-1], getattr(args, "device", "cpu")
+    options = RunningOptions(
+        runner=args.runner, num_threads=args.num_threads, device=device, beam_args=tuple(beam_args)
+    )
+    if prints:
+        print("\n".join(beam_flags(command, options)))
+        parser.exit()
+    places = [("CATALOG", args.catalog), *(("--input", pattern) for pattern in getattr(args, "input", ()))]
+    try:
+        check_flags(command, options, places)
+    except (ValueError, ModuleNotFoundError) as error:
+        parser.error(f"--runner {args.runner}: {error}")
 
 
 def _number(kind: Callable[[str], Any], must: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:

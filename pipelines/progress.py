@@ -1,7 +1,8 @@
-"""Progress of a local run: a bar on a terminal, a log line now and then elsewhere.
+"""Progress of a run: a bar on a terminal, a log line now and then elsewhere.
 
 The workers of the local runner are threads of the launcher's process, so they report straight to
-it. In another process nobody has opened a progress, and reports go nowhere.
+it. In another process nobody has opened a progress, and reports go nowhere: there the launcher watches which files
+are there by now.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -19,6 +20,8 @@ from schemas.samples import ShardRef
 
 logger = logging.getLogger(__name__)
 LOG_INTERVAL_SEC = 10.0
+_WATCH_SEC = 2.0
+_MAX_SHARE_OF_WATCHING = 0.05
 
 _open: dict[str, Progress] = {}
 
@@ -161,3 +164,36 @@ def counting(title: str, total: int, unit: str = "image") -> Iterator[Callable[[
                 )  # fmt: skip
 
         yield advance
+
+
+@contextmanager
+def watching(
+    title: str, amounts: Mapping[str, int], list_names: Callable[[], Collection[str]], unit: str = "image"
+) -> Iterator[None]:
+    """Shows how far work is by the files that it has written: on every runner, and in other processes too.
+
+    Args:
+        amounts: What each file, by its name, counts for.
+        list_names: Gives the names that are there; where storage fails, it is asked again later.
+    """
+    stopped = threading.Event()
+    with counting(title, sum(amounts.values()), unit) as advance:
+
+        def watch() -> None:
+            left = set(amounts)
+            pause = _WATCH_SEC
+            while not stopped.wait(pause):
+                started = time.monotonic()
+                with suppress(OSError):  # the work itself will tell
+                    done = left.intersection(list_names())
+                    left -= done
+                    advance(sum(amounts[name] for name in done))
+                pause = max(_WATCH_SEC, (time.monotonic() - started) / _MAX_SHARE_OF_WATCHING)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            watcher.join()

@@ -34,7 +34,7 @@ def run(options: RetryOptions) -> int:
     recipe = state.record.recipe
     check_installed(recipe.ops, settings)
     read = ReadConfig(recipe.max_image_bytes, recipe.image_column, recipe.caption_field, options.storage_options)
-    config = PlanConfig(catalog, recipe, read, options.files_per_shard, options.num_workers)
+    config = PlanConfig(catalog, recipe, read, options.files_per_shard)
     plan = plan_retry(config, state, options.allowed_schemes)
     refused = [run for run in refused_runs(catalog, options.storage_options, 1) if run.run_id > state.record.run_id]
     if refused:

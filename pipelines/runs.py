@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
 from pipelines.options import BuildOptions, RetryOptions, model_settings
-from pipelines.progress import Progress
+from pipelines.progress import Progress, watching
 from pipelines.runners import beam_options, run_to_end
 from pipelines.transforms import EnrichShards, PublishRun
 from schemas.catalog import RUN_CONTENTS, RUN_REPORT, CatalogLayout
@@ -70,7 +72,7 @@ def execute(run: Run, state: CatalogState) -> int:
     started = time.perf_counter()
     known = _write_known_contents(run, state, run_id)
     enrich = EnrichConfig(
-        run.catalog.root, run.recipe, run_id, run.read, model_settings(how), how.batch_size, how.num_workers, known
+        run.catalog.root, run.recipe, run_id, run.read, model_settings(how), how.batch_size, how.num_threads, known
     )
     publish = PublishConfig(
         catalog=run.catalog.root,
@@ -84,14 +86,14 @@ def execute(run: Run, state: CatalogState) -> int:
         max_failure_rate=run.max_failure_rate,
         storage_options=options,
     )
-    pipeline = beam.Pipeline(options=beam_options(how.runner, how.num_workers, how.beam_args))
+    pipeline = beam.Pipeline(options=beam_options(run.action, how))
     shards = pipeline | "Shards" >> beam.Create(run.plan.shards)
     enricher = Shared()
     _ = shards | "Enrich" >> EnrichShards(enrich, enricher) | "Publish" >> PublishRun(publish)
     try:
         # A model that cannot be loaded is a mistake of the command, and known before any work where that is done here.
         _loaded = enricher.acquire(lambda: Enricher(enrich)) if how.runner == "local" and run.plan.shards else None
-        with Progress(run_id, run.plan.shards, title=run.action):
+        with _progress(run, run_id):
             run_to_end(pipeline)
     finally:
         if known:
@@ -103,6 +105,15 @@ def execute(run: Run, state: CatalogState) -> int:
         return EXIT_TOO_MANY_FAILURES
     print(summary(manifest, run.catalog, time.perf_counter() - started))
     return EXIT_OK
+
+
+def _progress(run: Run, run_id: str) -> AbstractContextManager[Any]:
+    """Of images, where they are computed in this process; elsewhere of shards, by their parts."""
+    if run.options.runner == "local":
+        return Progress(run_id, run.plan.shards, title=run.action)
+    names = [shard.part_name(run.recipe.recipe_id) for shard in run.plan.shards]
+    images, options = run.catalog.images, run.read.storage_options
+    return watching(run.action, dict.fromkeys(names, 1), lambda: storage.names_in(images, options), "shard")
 
 
 def refusal(manifest: RunManifest, catalog: CatalogLayout, max_failure_rate: float | None) -> str:

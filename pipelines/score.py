@@ -57,7 +57,7 @@ def score_all_pairs(options: ScoreOptions) -> list[Score]:
     encoding = encode_query_images(model, options.image, options.storage_options, "score", options.max_image_pixels)
     rows = np.repeat(np.arange(len(options.image)), len(options.text))
     texts = list(options.text) * len(options.image)
-    probabilities = match_pairs(model, encoding, rows, texts, options.num_workers)
+    probabilities = match_pairs(model, encoding, rows, texts, options.num_threads)
     return [_score(options.image[row], *pair) for row, *pair in zip(rows, texts, probabilities, strict=True)]
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -21,7 +19,7 @@ import pyarrow as pa
 
 from pipelines.corpora import encode_corpus
 from pipelines.options import ReadingOptions, TagOptions
-from pipelines.progress import counting
+from pipelines.progress import watching
 from pipelines.runners import beam_options, run_to_end
 from pipelines.transforms import PublishTags, TagParts
 from schemas.catalog import RUN_METRICS, RUN_REPORT, CatalogLayout
@@ -33,6 +31,7 @@ from vlm_ops import storage
 from vlm_ops.ad_slots import rules_in_force
 from vlm_ops.categories import CategoryScorer, calibrate
 from vlm_ops.category_calibration import CategoryCalibration
+from vlm_ops.cores import usable_cores
 from vlm_ops.delta_tables import LivePart
 from vlm_ops.image_evidence import columns_needed, embeddings_of, evidence_of
 from vlm_ops.models.settings import CPU, resolve_device
@@ -40,7 +39,7 @@ from vlm_ops.ops import check_installed
 from vlm_ops.run_manifests import new_run_id
 from vlm_ops.states import existing_state
 from vlm_ops.suitability import suitability_rules, topic_embeddings
-from vlm_ops.tag_parts import TagPlan, finished, num_unknown, plan_tags
+from vlm_ops.tag_parts import TagPlan, num_unknown, plan_tags
 from vlm_ops.tag_publishing import TagPublishConfig
 from vlm_ops.tag_report import write_tag_report
 from vlm_ops.tag_states import existing_tags, tag_state
@@ -50,7 +49,6 @@ from vlm_ops.taxonomies import load_mapping, load_taxonomy
 
 logger = logging.getLogger(__name__)
 
-_WATCH_SEC = 2.0
 _MANY_IMAGES = 10_000  # from which on the start of further processes pays
 _SPEAKING_OPS = ("labels", "caption", "embedding")  # those whose columns speak for categories
 
@@ -90,11 +88,12 @@ def run(options: TagOptions) -> int:
         storage_options=storage_options,
     )
     started = time.perf_counter()
-    pipeline = beam.Pipeline(options=beam_options(options.runner, options.num_workers, options.beam_args))
+    pipeline = beam.Pipeline(options=beam_options("tag", options))
     config = replace(config, num_processes=_num_processes(options, plan))
     work = pipeline | "Parts" >> beam.Create(plan.work)
     _ = work | "Tag" >> TagParts(config) | "Publish" >> PublishTags(publish)
-    with _watching(catalog, plan, storage_options):
+    amounts = {each.name: each.num_rows for each in plan.work}
+    with watching("tag", amounts, lambda: storage.names_in(catalog.tags, storage_options)):
         run_to_end(pipeline)
     wall_sec = time.perf_counter() - started
     print(_summary(catalog, config, state.images, wall_sec))
@@ -103,32 +102,9 @@ def run(options: TagOptions) -> int:
 
 def _num_processes(options: TagOptions, plan: TagPlan) -> int:
     """Further processes to be started; other runners have their own, and each would load a language model."""
-    num_images = sum(each.num_rows for each in plan.work)
-    is_worth_it = options.num_workers > 1 and num_images >= _MANY_IMAGES
-    return options.num_workers if is_worth_it and options.runner == "local" and not options.text_model else 0
-
-
-@contextmanager
-def _watching(catalog: CatalogLayout, plan: TagPlan, storage_options: storage.StorageOptions) -> Iterator[None]:
-    """Shows how far the work is, by the parts that are there: on every runner, and in other processes too."""
-    stopped = threading.Event()
-    with counting("tag", sum(each.num_rows for each in plan.work)) as advance:
-
-        def watch() -> None:
-            left = set(plan.work)
-            while not stopped.wait(_WATCH_SEC):
-                with suppress(OSError):  # of storage; the work itself will tell
-                    done = set(finished(catalog, left, storage_options))
-                    left -= done
-                    advance(sum(each.num_rows for each in done))
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            stopped.set()
-            watcher.join()
+    num_threads, num_images = options.num_threads or usable_cores(), sum(each.num_rows for each in plan.work)
+    is_worth_it = num_threads > 1 and num_images >= _MANY_IMAGES
+    return num_threads if is_worth_it and options.runner == "local" and not options.text_model else 0
 
 
 def _config(
@@ -230,7 +206,7 @@ def _encoded_like(recipe: Recipe, options: TagOptions) -> pa.RecordBatch:
         model=str(recipe.encoder and recipe.encoder.model),
         device=options.device,
         batch_size=None,
-        num_workers=options.num_workers,
+        num_threads=options.num_threads,
         max_image_bytes=recipe.max_image_bytes,
         max_image_pixels=recipe.max_image_pixels,
     )

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pipelines.corpora import encode_corpus, matrix
 from pipelines.options import READ_BY, TrainOptions, model_settings
+from vlm_ops.cores import usable_cores
 from vlm_ops.models import (
     ClassifyingBackbone,
     ModelInfo,
@@ -89,7 +90,7 @@ def run(options: TrainOptions) -> int:
     _check_models(options)
     data = caption_images(options, options.input)
     validation = caption_images(options, options.validation)
-    torch.set_num_threads(options.num_workers)
+    torch.set_num_threads(options.num_threads or usable_cores())
     torch.manual_seed(options.seed)
     training = _TRAININGS[options.kind](options, data, validation, device)
     output.mkdir(parents=True, exist_ok=True)
@@ -380,7 +381,7 @@ def encode_texts(options: TrainOptions, texts: Sequence[str]) -> np.ndarray:
     def make(path: Path) -> None:
         model = load_text_model(options.text_model, model_settings(options))
         chunks = [texts[start : start + _TEXTS_PER_CALL] for start in range(0, len(texts), _TEXTS_PER_CALL)]
-        with ThreadPoolExecutor(options.num_workers) as pool:
+        with ThreadPoolExecutor(options.num_threads or usable_cores()) as pool:
             encoded = tqdm(
                 pool.map(model.encode_texts, chunks), total=len(chunks), desc="texts", disable=not sys.stderr.isatty()
             )

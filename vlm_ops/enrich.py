@@ -30,6 +30,7 @@ from schemas.samples import Failure, Sample, SampleError, ShardRef, clean_text, 
 from vlm_ops import storage
 from vlm_ops.batch_limits import BatchLimits, is_out_of_memory, release_cached_memory
 from vlm_ops.contents import ContentDigest, KnownContents, ShardRows, StoredRows, sha256_of
+from vlm_ops.cores import usable_cores
 from vlm_ops.images import ImageFacts, decode, preprocess
 from vlm_ops.models.settings import ModelSettings, resolve_device
 from vlm_ops.ops import ImageBatch, Op, load_ops, reader_columns, schema_of, wanted_pixels
@@ -55,7 +56,7 @@ class EnrichConfig:
         read: How to read shards.
         settings: Where models run; what they compute, the recipe says.
         batch_size: Images a batch; None chooses by the device.
-        num_threads: Batches at work at once in a process.
+        num_threads: Batches at work at once in a process; None: as many as the machine at work has cores.
         known_contents: URI of what the catalog knows already (`contents.write_known_contents`), to be copied
             instead of computed; None computes all.
     """
@@ -66,7 +67,7 @@ class EnrichConfig:
     read: ReadConfig
     settings: ModelSettings = field(default_factory=ModelSettings)
     batch_size: int | None = None
-    num_threads: int = 2
+    num_threads: int | None = None
     known_contents: str | None = None
 
 
@@ -141,14 +142,16 @@ class Enricher:
             self._known = KnownContents.open(config.known_contents, config.read.storage_options)
             columns = ["content_sha256", "recipe_id", *self._reader_columns, *self._op_schema.names]
             self._stored = StoredRows(CatalogLayout(config.catalog).images, columns, config.read.storage_options)
-        self._pool = ThreadPoolExecutor(config.num_threads, "enrich")
+        self._num_threads = config.num_threads or usable_cores()
+        self._pool = ThreadPoolExecutor(self._num_threads, "enrich")
         # Bounds the encoded images that wait in memory, over all shards of the process.
-        self._slots = threading.BoundedSemaphore(2 * config.num_threads)
+        self._slots = threading.BoundedSemaphore(2 * self._num_threads)
 
     def enrich(
         self, shard: ShardRef, advance: Callable[[int, int], None] = lambda images, num_bytes: None
     ) -> PartSummary:
-        """Computes a shard and writes its part; or finds the part that an earlier run has written.
+        """Computes a shard and writes its part; or finds the part that is there: an earlier run has written it, or this one
+        before the runner handed the shard out again.
 
         Args:
             advance: Called with (images, encoded bytes) after each batch.
@@ -158,7 +161,7 @@ class Enricher:
         name = shard.part_name(config.recipe.recipe_id)
         if found := read_summary(catalog, name, options):
             if has_failures_part(catalog, found, options):
-                return PartSummary(**{**vars(found), "is_reused": True})
+                return found
             storage.remove(f"{catalog.images}/{name}", options)  # half of it is gone, so it is computed again
         stage_sec: dict[str, float] = {}
         with (
@@ -231,7 +234,7 @@ class Enricher:
         for batch in batches:
             self._slots.acquire()
             pending.append((batch, self._pool.submit(self._run_batch, batch)))
-            while pending and (pending[0][1].done() or len(pending) > 2 * self.config.num_threads):
+            while pending and (pending[0][1].done() or len(pending) > 2 * self._num_threads):
                 first, future = pending.popleft()
                 yield first, future.result()
         for first, future in pending:

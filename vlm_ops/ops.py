@@ -320,10 +320,9 @@ def _check_read(models: ModelChoice, names: Sequence[str]) -> None:
     for name, spec in models.of_ops.items():
         if name not in names:
             raise ValueError(f"model {spec!r} was named for op {name!r}, which is not computed; add it to --ops")
-    if "caption" not in names and (given := recorded(models.settings, "caption")):
-        unread = [setting for setting, _ in given if setting in CAPTION_SETTINGS]
-        if unread:
-            raise ValueError(f"--{unread[0]} is for captions, which are not computed; add caption to --ops")
+    given = [name for name in CAPTION_SETTINGS if getattr(models.settings, name) is not None]
+    if given and "caption" not in names:
+        raise ValueError(f"--{given[0]} is for captions, which are not computed; add caption to --ops")
 
 
 def _without_groups(names: Iterable[str], models: ModelChoice) -> Iterator[str]:

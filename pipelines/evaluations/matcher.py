@@ -43,7 +43,7 @@ def measure(options: EvaluateOptions) -> Evaluation:
         )
     model = load_matching_model(options.model, settings)
     images = np.concatenate([owners, others])
-    probabilities = match_pairs(model, ImageEncoding(**arrays), images, [*texts, *texts], options.num_workers)
+    probabilities = match_pairs(model, ImageEncoding(**arrays), images, [*texts, *texts], options.num_threads)
     # The pairs of one image's captions are no independent draws.
     figures = _figures(probabilities, np.concatenate([owners, owners]))
     right, wrong = np.split(probabilities, 2)

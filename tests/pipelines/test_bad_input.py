@@ -55,7 +55,7 @@ def build(folder: Path, *inputs: str, flags: tuple[str, ...] = ()) -> int:
     """Runs the command on files of a folder; the catalog is beside it."""
     patterns = [str(folder / name) for name in inputs]
     catalog = f"{folder}-catalog"
-    fixed = ["--model", "python:tests.toys", "--ops", "quality", "--device", "cpu", "--num_workers", "1"]
+    fixed = ["--model", "python:tests.toys", "--ops", "quality", "--device", "cpu", "--num_threads", "1"]
     return main(["build", "--input", *patterns, "--catalog", catalog, *fixed, *flags])
 
 

@@ -251,7 +251,7 @@ def test_one_worker_and_many_give_the_same_catalog(tmp_path: Path) -> None:
     tables = []
     for workers in ("1", "4"):
         catalog = tmp_path / f"c{workers}"
-        assert build(catalog, tmp_path / "*.tar", flags=("--num_workers", workers, "--batch_size", "4")) == 0
+        assert build(catalog, tmp_path / "*.tar", flags=("--num_threads", workers, "--batch_size", "4")) == 0
         tables.append(sorted(({**row, "run_id": ""} for row in rows(catalog)), key=lambda row: row["uri"]))
     assert tables[0] == tables[1]
 

@@ -96,7 +96,7 @@ def test_a_file_that_holds_nothing(config: Any, capsys: pytest.CaptureFixture) -
 def test_positional_arguments(config: Any) -> None:
     assert options.parse_inspect(config("catalog: c\njson: true\n")).catalog == "c"
     assert options.parse_inspect([*config("catalog: c\n"), "other"]).catalog == "other"
-    assert options.parse_index(config("catalog: c\nnum_workers: 3\n")).num_workers == 3
+    assert options.parse_index(config("catalog: c\nnum_threads: 3\n")).num_threads == 3
     assert options.parse_evaluate(config("task: retrieval\ninput: i\n")).task == "retrieval"
     search = config("catalog: c\nquery: [a dog, a cat]\nk: 3\n")
     assert options.parse_search(search).query == ("a dog", "a cat") and options.parse_search(search).k == 3

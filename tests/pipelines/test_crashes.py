@@ -56,7 +56,7 @@ def second_night(folder: Path) -> None:
 
 
 def command(corpus: Path, catalog: Path) -> list[str]:
-    flags = ["--model", "python:tests.toys", "--device", "cpu", "--num_workers", "1", "--max_failure_rate", "1"]
+    flags = ["--model", "python:tests.toys", "--device", "cpu", "--num_threads", "1", "--max_failure_rate", "1"]
     return ["build", "--input", str(corpus), "--catalog", str(catalog), "--prune", *flags]
 
 

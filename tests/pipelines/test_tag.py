@@ -355,7 +355,7 @@ def test_in_processes_the_same_comes_out(catalog: Catalog, monkeypatch: pytest.M
     catalog.tag()
     here = catalog.rows()
     monkeypatch.setattr(pipelines.tag, "_MANY_IMAGES", 1)
-    catalog.tag("--all", "--num_workers", "2")
+    catalog.tag("--all", "--num_threads", "2")
     assert {name: without(row, "run_id") for name, row in catalog.rows().items()} == {
         name: without(row, "run_id") for name, row in here.items()
     }

@@ -85,7 +85,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 def train(kind: str, photos: Path, output: Path, *flags: str) -> str:
     """Eight photos, which are all that there is: trained on, and measured on."""
     recipe = ["--images_per_step", "8", "--captions_per_image", "1", "--averaging", "0", "--dropout", "0",
-              "--weight_decay", "0", "--dtype", "float32", "--device", "cpu", "--num_workers", "1"]  # fmt: skip
+              "--weight_decay", "0", "--dtype", "float32", "--device", "cpu", "--num_threads", "1"]  # fmt: skip
     data = ["--input", str(photos), "--validation", str(photos), "--output", str(output)]
     assert main(["train", kind, *data, *recipe, *flags]) == 0
     return f"dir:{output}"
@@ -94,7 +94,7 @@ def train(kind: str, photos: Path, output: Path, *flags: str) -> str:
 def captions_of(photos: Path, model: str, catalog: Path) -> list[str]:
     """What `build` writes below the photos."""
     command = ["build", "--input", str(photos), "--catalog", str(catalog), "--ops", "quality,caption"]
-    assert main([*command, "--model", model, "--device", "cpu", "--num_workers", "1"]) == 0
+    assert main([*command, "--model", model, "--device", "cpu", "--num_threads", "1"]) == 0
     rows = DeltaTable(str(catalog / "images")).to_pyarrow_table(columns=["key", "caption"]).to_pylist()
     found = {row["key"]: row["caption"] for row in rows}
     return [found[key] for key in KEYS]
@@ -151,7 +151,7 @@ def test_a_dual_encoder_of_resnet_and_bert(
     assert figures(capsys.readouterr().out)["text→image R@1"] == 1.0
     catalog = str(tmp_path / "catalog")
     command = ["build", "--input", str(photos), "--catalog", catalog, "--model", spec, "--device", "cpu"]
-    assert main([*command, "--num_workers", "1"]) == 0
+    assert main([*command, "--num_threads", "1"]) == 0
     capsys.readouterr()
     assert main(["search", catalog, *CAPTIONS, "--json", "-k", "1", "--device", "cpu"]) == 0
     answers = [json.loads(line)["results"][0]["key"] for line in capsys.readouterr().out.splitlines()]

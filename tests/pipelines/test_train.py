@@ -63,7 +63,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(corpus: Path, output: Path | str, *flags: str, kind: str = "dual-encoder", model: str = TOY) -> int:
     inputs = ["--input", str(corpus / "train.tar"), "--validation", str(corpus / "val.tar"), "--output", str(output)]
-    machine = ["--device", "cpu", "--num_workers", "1", "--dtype", "float32"]
+    machine = ["--device", "cpu", "--num_threads", "1", "--dtype", "float32"]
     return main(["train", kind, *inputs, "--model", model, *machine, *flags])
 
 

@@ -1,15 +1,13 @@
-"""The Beam wiring on its own, and the runner presets."""
+"""The Beam wiring on its own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
-from pipelines.runners import beam_options, unknown_beam_args
 from pipelines.transforms import EnrichShards, PublishIndex, PublishRun
 from schemas.recipes import Recipe
 from schemas.samples import ShardRef
@@ -42,16 +40,3 @@ def test_shards_become_parts_a_run_and_an_index(tmp_path: Path) -> None:
             runs | beam.Map(lambda run: (run.status, run.num_images)), equal_to([("committed", 6)]), label="runs"
         )
         assert_that(indexes | "ntotal" >> beam.Map(lambda index: index.ntotal), equal_to([6]), label="indexes")
-
-
-def test_the_local_preset_and_beam_flags_that_win() -> None:
-    options = beam_options("local", 3, [])
-    assert options.view_as(StandardOptions).runner == "FnApiRunner"
-    assert options.view_as(DirectOptions).direct_num_workers == 3
-    assert options.view_as(DirectOptions).direct_running_mode == "multi_threading"
-    assert beam_options("local", 3, ["--direct_num_workers=7"]).view_as(DirectOptions).direct_num_workers == 7
-    assert beam_options("FlinkRunner", 3, []).view_as(StandardOptions).runner == "FlinkRunner"
-
-
-def test_flags_that_beam_does_not_know() -> None:
-    assert unknown_beam_args(["--direct_num_workers=2", "--job_name", "x", "--no_such_flag=1"]) == ["--no_such_flag=1"]

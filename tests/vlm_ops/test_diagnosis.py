@@ -165,8 +165,8 @@ def test_cores_within_a_container() -> None:
     assert judge_cores(64, 8, CgroupLimits(cores=8.0)).status == "ok"
     limited = judge_cores(64, 64, CgroupLimits(cores=2.5))
     assert limited.status == "warning" and limited.told.endswith("the container may use no more than 2.5 at a time")
-    assert limited.remedy.startswith("give --num_workers 2 and set OMP_NUM_THREADS=2")
-    assert "--num_workers 1 " in judge_cores(4, 4, CgroupLimits(cores=0.5)).remedy
+    assert limited.remedy.startswith("give --num_threads 2 and set OMP_NUM_THREADS=2")
+    assert "--num_threads 1 " in judge_cores(4, 4, CgroupLimits(cores=0.5)).remedy
 
 
 @pytest.mark.parametrize(

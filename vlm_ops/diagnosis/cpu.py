@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlm_ops.cores import usable_cores
 from vlm_ops.diagnosis import Finding, gigabytes, one_line
 
 # What speeds models up, by the flags of /proc/cpuinfo (Linux, arch/x86/include/asm/cpufeatures.h and
@@ -41,7 +42,7 @@ class CgroupLimits:
 def check_cpu() -> Iterator[Finding]:
     """Cores, instruction sets, memory and threads."""
     limits = cgroup_limits()
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    allowed = usable_cores()
     yield judge_cores(os.cpu_count() or 1, allowed, limits)
     yield judge_instructions(_text(Path("/proc/cpuinfo")), platform.machine())
     yield judge_memory(_text(Path("/proc/meminfo")), limits)
@@ -60,7 +61,7 @@ def judge_cores(num_cores: int, num_allowed: int, limits: CgroupLimits) -> Findi
     whole = max(1, int(limits.cores))
     return Finding(
         "cores", "warning", f"{told}, but the container may use no more than {limits.cores:g} at a time",
-        f"give --num_workers {whole} and set OMP_NUM_THREADS={whole}, or raise the limit",
+        f"give --num_threads {whole} and set OMP_NUM_THREADS={whole}, or raise the limit",
     )  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def judge_memory(meminfo: str, limits: CgroupLimits) -> Finding:
         free = min(free, limits.memory_bytes - limits.memory_used_bytes)
         told += f"; the container may use {gigabytes(limits.memory_bytes)}, of which {gigabytes(free)} are free"
     if free < _LITTLE_MEMORY:
-        remedy = "end other programs, or give fewer --num_workers and a smaller --batch_size"
+        remedy = "end other programs, or give fewer --num_threads and a smaller --batch_size"
         return Finding("memory", "warning", told, remedy)
     return Finding("memory", "ok", told)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_ops.models import ImageModel, ModelInfo
-from vlm_ops.models.hub import read_json, revision_of
+from vlm_ops.models.hub import check_code, read_json, revision_of
 from vlm_ops.models.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -134,17 +134,13 @@ def _check_files(spec: str, directory: Path, config: Mapping[str, Any], settings
             f"model {spec!r} is a Florence-2 in the format of its first repositories, which transformers cannot read; "
             "name its conversion, such as hf:florence-community/Florence-2-base"
         )
-    if "auto_map" in config and kind not in _PROMPTINGS and not _is_built_in(kind) and not settings.trust_remote_code:
-        raise ValueError(
-            f"model {spec!r} runs code that lies in its repository; it can do whatever you can: read it, and allow it with "
-            "--trust_remote_code if you trust it"
-        )
+    if "auto_map" in config and kind not in _PROMPTINGS and not _is_built_in(kind):
+        check_code(spec, config, settings.trust_remote_code)
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise ValueError(
             f"the model in {str(directory)!r} has no processor (preprocessor_config.json or processor_config.json); "
             "save the one it was trained with there (AutoProcessor.from_pretrained(...).save_pretrained(...))"
         )
-
     if _prompting(config).way == "chat" and settings.caption_prompt is None and not _has_chat_template(directory):
         raise no_chat_template(directory)
 

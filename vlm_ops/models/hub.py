@@ -19,8 +19,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -56,6 +55,10 @@ _SETTINGS = (
     "vocab.txt",
 )  # fmt: skip
 _ORIGIN = "fetched.json"
+# What holds the words of a tokenizer.
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
+# What reading weights raises, by whatever of them is broken.
+BROKEN_WEIGHTS = (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError)
 
 Choice = Callable[[Sequence[str]], Sequence[str]]
 
@@ -215,7 +218,29 @@ def weights_of(directory: Path) -> list[Path]:
     return [directory / name for name in found]
 
 
-_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
+def check_code(spec: str, config: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Whether the code that lies in a model's repository may be run.
+
+    Args:
+        config: The model's `config.json`, whose `auto_map` names the code.
+
+    Raises:
+        ValueError: Nobody has allowed it, or it is that of another repository, which would be neither pinned nor a part of
+            the revision.
+    """
+    if not trust_remote_code:
+        raise ValueError(
+            f"model {spec!r} runs code that lies in its repository; it can do whatever you can: read it, and allow it with "
+            "--trust_remote_code if you trust it"
+        )
+    for references in config["auto_map"].values():
+        # Of a tokenizer there may be two, one of which may be None.
+        for reference in filter(None, references if isinstance(references, list) else [references]):
+            if "--" in reference:
+                raise ValueError(
+                    f"model {spec!r} runs code of another repository, {reference.partition('--')[0]!r}, which is not supported; "
+                    "copy that code beside the model, and name it in auto_map without the repository"
+                )
 
 
 def check_tokenizer(directory: Path, trust_remote_code: bool = False) -> None:
@@ -237,11 +262,7 @@ def why_unreadable(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-# What reading weights raises, by whatever of them is broken.
-BROKEN_WEIGHTS = (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError)
-
-
-@contextmanager
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without what transformers says of a model while it loads; what matters is looked at here."""
     from transformers.utils import logging as transformers_logging

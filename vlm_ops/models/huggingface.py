@@ -11,13 +11,22 @@ Hugging Face hub. No code of a repository is run, unless `trust_remote_code` say
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlm_ops.models import ImageBackbone, ImageModel, ModelInfo, TextBackbone, Tokenizer, hf_captioners
 from vlm_ops.models.backbones import BackboneImageModel, BackboneTextModel
 from vlm_ops.models.hf_preprocessing import is_naflex, load_image_processor, read_preprocessing
-from vlm_ops.models.hub import check_tokenizer, fetch_repository, is_directory, locate, read_json, revision_of
+from vlm_ops.models.hub import (
+    check_code,
+    check_tokenizer,
+    fetch_repository,
+    is_directory,
+    locate,
+    read_json,
+    revision_of,
+)
 from vlm_ops.models.settings import CPU, ModelSettings
 
 # The `model_type`s that are known to work as image backbones, and as text encoders.
@@ -42,7 +51,8 @@ def describe(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
     """
     trusts = settings.trust_remote_code
     directory, full_spec = locate(spec, trusts)
-    if hf_captioners.is_captioner(read_json(directory / "config.json")):
+    config = read_json(directory / "config.json")
+    if hf_captioners.is_captioner(config):
         return hf_captioners.describe(full_spec, directory, settings)
     kind, model_type = _kind(spec, directory, settings)
     if kind is None:
@@ -54,7 +64,7 @@ def describe(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
     if kind == "dual encoder":
         check_tokenizer(directory, trusts)
         # Code of a repository may give no tokens, and of images of many sizes there is no grid of one size.
-        grid = () if _has_own_code(directory, model_type) or model_type == "siglip2" else ("grid",)
+        grid = () if _has_own_code(config) or model_type == "siglip2" else ("grid",)
         return ModelInfo(full_spec, revision, frozenset({"features", "embedding", *grid}))
     if kind == "image backbone":
         return ModelInfo(full_spec, revision, frozenset({"features", "grid"}), encodes_text=False)
@@ -65,7 +75,7 @@ def load_image_model(spec: str, settings: ModelSettings, outputs: frozenset[str]
     info = describe(spec, settings)
     if "caption" in info.produces:
         return hf_captioners.load_image_model(info, locate(spec)[0], settings, outputs)
-    describe_image_model(spec, settings)
+    _check_image_side(spec, info)
     towers, directory = _towers(spec, settings)
     processor = load_image_processor(directory, settings.trust_remote_code)
     if is_naflex(processor):
@@ -134,9 +144,13 @@ def describe_image_model(spec: str, settings: ModelSettings = CPU) -> ModelInfo:
     info = describe(spec, settings)
     if "caption" in info.produces:
         raise ValueError(f"model {spec!r} is a captioner, whose image side does not stand alone; name an image model")
+    _check_image_side(spec, info)
+    return info
+
+
+def _check_image_side(spec: str, info: ModelInfo) -> None:
     if not info.produces:
         raise ValueError(f"model {spec!r} is a text encoder and has no image side; name an image model for images")
-    return info
 
 
 def _kind(spec: str, directory: Path, settings: ModelSettings) -> tuple[str | None, str]:
@@ -147,7 +161,7 @@ def _kind(spec: str, directory: Path, settings: ModelSettings) -> tuple[str | No
         return "image backbone", model_type
     if model_type in _TEXT_ENCODERS:
         return "text encoder", model_type
-    model = _own_class(spec, directory, settings) if _has_own_code(directory, model_type) else _model_class(model_type)
+    model = _own_class(spec, directory, config, settings) if _has_own_code(config) else _model_class(model_type)
     is_dual = hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
     return "dual encoder" if is_dual else None, model_type
 
@@ -161,27 +175,15 @@ def _model_class(model_type: str) -> Any:
     return name and getattr(transformers, name if isinstance(name, str) else name[0])
 
 
-def _has_own_code(directory: Path, model_type: str) -> bool:
+def _has_own_code(config: Mapping[str, Any]) -> bool:
     """Whether the code of a model lies in its repository, because transformers has none."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    return model_type not in MODEL_MAPPING_NAMES and "AutoModel" in read_json(directory / "config.json").get(
-        "auto_map", {}
-    )
+    return config.get("model_type") not in MODEL_MAPPING_NAMES and "AutoModel" in config.get("auto_map", {})
 
 
-def _own_class(spec: str, directory: Path, settings: ModelSettings) -> Any:
-    if not settings.trust_remote_code:
-        raise ValueError(
-            f"model {spec!r} runs code that lies in its repository; it can do whatever you can: read it, and allow it with "
-            "--trust_remote_code if you trust it"
-        )
-    reference = str(read_json(directory / "config.json")["auto_map"]["AutoModel"])
-    if "--" in reference:  # which would be neither pinned nor a part of the revision
-        raise ValueError(
-            f"model {spec!r} runs code of another repository, {reference.partition('--')[0]!r}, which is not supported; copy that "
-            "code beside the model, and name it in auto_map without the repository"
-        )
+def _own_class(spec: str, directory: Path, config: Mapping[str, Any], settings: ModelSettings) -> Any:
+    check_code(spec, config, settings.trust_remote_code)
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    return get_class_from_dynamic_module(reference, directory)
+    return get_class_from_dynamic_module(config["auto_map"]["AutoModel"], directory)

@@ -104,10 +104,10 @@ def with_recorded(settings: ModelSettings, pairs: Iterable[tuple[str, Any]]) -> 
     names = {field.name for field in fields(ModelSettings)}
     if unknown := sorted(asked.keys() - names):
         raise ValueError(f"the recipe has the setting {unknown[0]!r}, which this version of beamsight does not know")
-    kept = {name: getattr(_DEFAULTS, name) for name in (*_RECORDED, *CAPTION_SETTINGS)}
     # Where a recipe says nothing it is float32, by the usual engine of the device, which may be asked for by name.
-    kept |= {"dtype": "float32", "engine": "onnxruntime" if settings.engine == "onnxruntime" else "auto"}
-    return replace(settings, may_run_by_torch=False, **{**kept, **asked})
+    engine = "onnxruntime" if settings.engine == "onnxruntime" else "auto"
+    usual = ModelSettings(device=settings.device, dtype="float32", engine=engine, compile=settings.compile)
+    return replace(usual, **asked)
 
 
 def resolved(settings: ModelSettings) -> ModelSettings:

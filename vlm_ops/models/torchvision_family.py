@@ -85,7 +85,25 @@ def load_image_backbone(spec: str) -> TorchvisionBackbone | SqueezeNetBackbone:
     return (SqueezeNetBackbone if name in _SQUEEZENETS else TorchvisionBackbone)(net, weights).eval()
 
 
-class TorchvisionBackbone(nn.Module):
+class _Normalised(nn.Module):
+    """What the backbones share: images prepared as torchvision's weights say."""
+
+    embedding_dim = 0
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, weights: Any) -> None:
+        super().__init__()
+        self.preprocessing = _preprocessing(weights)
+        transforms = weights.transforms()
+        self.register_buffer("mean", torch.tensor(transforms.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(transforms.std).view(3, 1, 1), persistent=False)
+
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+class TorchvisionBackbone(_Normalised):
     """A `ClassifyingBackbone`: a classifier of torchvision, cut before its last layer. Besides `features` and `grid` it
     gives `labels`.
 
@@ -94,16 +112,8 @@ class TorchvisionBackbone(nn.Module):
         weights: The torchvision weights that say how its images are prepared.
     """
 
-    embedding_dim = 0
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, net: nn.Module, weights: Any) -> None:
-        super().__init__()
-        self.preprocessing = _preprocessing(weights)
-        transforms = weights.transforms()
-        self.register_buffer("mean", torch.tensor(transforms.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(transforms.std).view(3, 1, 1), persistent=False)
+        super().__init__(weights)
         head_name, self.head = _head(net)
         self.feature_dim = self.head.in_features
         self.class_names = _class_names(weights, self.head.out_features)
@@ -118,7 +128,7 @@ class TorchvisionBackbone(nn.Module):
             self.grid_dim = _cells(self.net(blank)["grid"]).shape[2]
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs = self.net((pixels.float() / 255 - self.mean) / self.std)
+        outputs = self.net(self.normalised(pixels))
         features = outputs["features"]
         return {"features": features, "grid": _cells(outputs["grid"]), **self.of_features(features)}
 
@@ -130,25 +140,18 @@ class TorchvisionBackbone(nn.Module):
         return self.head.weight.detach()
 
 
-class SqueezeNetBackbone(nn.Module):
+class SqueezeNetBackbone(_Normalised):
     """An `ImageBackbone` of SqueezeNet, which classifies each place of its map and pools after that: `features` are the mean
     of the map, and `labels` no function of them."""
 
-    embedding_dim = 0
     feature_dim = grid_dim = 512
-    mean: torch.Tensor
-    std: torch.Tensor
 
     def __init__(self, net: nn.Module, weights: Any) -> None:
-        super().__init__()
-        self.preprocessing = _preprocessing(weights)
-        transforms = weights.transforms()
-        self.register_buffer("mean", torch.tensor(transforms.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(transforms.std).view(3, 1, 1), persistent=False)
+        super().__init__(weights)
         self.net: Any = net
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        grid = self.net.features((pixels.float() / 255 - self.mean) / self.std)
+        grid = self.net.features(self.normalised(pixels))
         labels = self.net.classifier(grid).flatten(1).softmax(1)
         return {"features": grid.mean((2, 3)), "grid": _cells(grid), "labels": labels}
 
