@@ -51,18 +51,26 @@ def build_flags(engine: Engine) -> tuple[dict[str, str], list[str]]:
 def _python_image(engine: Engine, scratch: Path) -> None:
     _need("mmdebstrap", "to make a base image, since no registry answers")
     hooks = [f"--customize-hook={hook}" for hook in _HOOKS]
-    _call("mmdebstrap", "--mode=root", "--variant=minbase", f"--include={_PACKAGES}", *hooks, _SUITE, scratch / "root.tar")
+    _call(
+        "mmdebstrap", "--mode=root", "--variant=minbase", f"--include={_PACKAGES}", *hooks, _SUITE, scratch / "root.tar"
+    )
     path = "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
-    (scratch / "Dockerfile").write_text(f'FROM scratch\nADD root.tar /\nENV LANG=C.UTF-8 PATH={path}\nCMD ["python3"]\n')
+    (scratch / "Dockerfile").write_text(
+        f'FROM scratch\nADD root.tar /\nENV LANG=C.UTF-8 PATH={path}\nCMD ["python3"]\n'
+    )
     engine.build(scratch, _PYTHON, {})
 
 
 def _beam_image(engine: Engine, scratch: Path) -> None:
     _need("go", "to make Beam's image, since no registry answers")
-    _call("go", "install", "-trimpath", "-ldflags=-s -w", _BOOT, environment={"CGO_ENABLED": "0", "GOBIN": str(scratch)})
+    _call(
+        "go", "install", "-trimpath", "-ldflags=-s -w", _BOOT, environment={"CGO_ENABLED": "0", "GOBIN": str(scratch)}
+    )
     modules = subprocess.run(["go", "env", "GOMODCACHE"], capture_output=True, text=True, check=True).stdout.strip()
     shutil.copy(Path(modules) / f"github.com/apache/beam/sdks/v2@v{BEAM_VERSION}" / "LICENSE", scratch)
-    (scratch / "Dockerfile").write_text("FROM scratch\nCOPY container /opt/apache/beam/boot\nCOPY LICENSE /opt/apache/beam/\n")
+    (scratch / "Dockerfile").write_text(
+        "FROM scratch\nCOPY container /opt/apache/beam/boot\nCOPY LICENSE /opt/apache/beam/\n"
+    )
     engine.build(scratch, _BEAM, {})
 
 
@@ -72,6 +80,8 @@ def _need(program: str, why: str) -> None:
 
 
 def _call(*command: object, environment: dict[str, str] | None = None) -> None:
-    done = subprocess.run(list(map(str, command)), env={**os.environ, **(environment or {})}, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), env={**os.environ, **(environment or {})}, capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['it says nothing'])[-1]}")

@@ -1,7 +1,7 @@
 """The image under test.
 
-    engine      docker or podman
-    image       built from the Dockerfile; `BEAMSIGHT_IMAGE` names one that is there already
+engine      docker or podman
+image       built from the Dockerfile; `BEAMSIGHT_IMAGE` names one that is there already
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ class Engine:
         own = ["--rm", "--pull=never", f"--network={network}", *_SAFE, *_limits()]
         return [self.name, "run", *own, *flags, image, *map(str, arguments)]
 
-    def run(self, image: str, *arguments: object, flags: Sequence[str] = (), code: int = 0) -> subprocess.CompletedProcess:
+    def run(
+        self, image: str, *arguments: object, flags: Sequence[str] = (), code: int = 0
+    ) -> subprocess.CompletedProcess:
         """Runs it to its end, without network.
 
         Raises:

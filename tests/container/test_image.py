@@ -76,7 +76,9 @@ def test_what_the_image_is(engine: Engine, image: str) -> None:
     assert config["Entrypoint"] == ["entrypoint"]
     labels = config["Labels"]
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
-    assert set(labels) >= {f"org.opencontainers.image.{each}" for each in ("title", "description", "version", "revision")}
+    assert set(labels) >= {
+        f"org.opencontainers.image.{each}" for each in ("title", "description", "version", "revision")
+    }
     assert dict(each.split("=", 1) for each in config["Env"])["NVIDIA_VISIBLE_DEVICES"] == "all"
 
 
@@ -114,12 +116,14 @@ def test_its_worker_pool_serves_a_build_on_flink(
     if engine.name != "podman" or os.getuid() != 0:
         pytest.skip("needs podman as root, whose containers can be in the network namespace of the cluster")
     built = shared / "on-flink"
-    environment = ["--environment_type=EXTERNAL", f"--environment_config={POOL[0]}:{POOL[1]}"]
+    external = ["--environment_type=EXTERNAL", f"--environment_config={POOL[0]}:{POOL[1]}", "--parallelism=1"]
     # One TaskManager: Beam's pool knows workers by names that two of them would both give.
-    with flink_cluster(tmp_path, num_task_managers=1) as cluster:
-        with worker_pool(engine, image, shared, cluster.network):
-            flags = cluster.flags(1, environment)
-            said = cluster.run_command("build", "--input", shared / "photos", "--catalog", built, flags=flags)
+    with (
+        flink_cluster(tmp_path, num_task_managers=1) as cluster,
+        worker_pool(engine, image, shared, cluster.network),
+    ):
+        build = ["build", "--input", shared / "photos", "--catalog", built]
+        said = cluster.start_command(*build, *cluster.flags(), *external).finish()
     assert f"{NUM_PHOTOS} added" in said
     # Command and cluster are root's: who wrote the parts was in the container.
     assert {path.stat().st_uid for path in (built / "images").glob("*.parquet")} == {USER}
