@@ -7,10 +7,11 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from pipelines.options import DoctorOptions, model_settings
 from schemas.recipes import DEFAULT_MODEL
-from vlm_ops.diagnosis import Finding, examine
+from vlm_ops.diagnosis import Finding, examine, one_line
 from vlm_ops.diagnosis.cpu import check_cpu
 from vlm_ops.diagnosis.cuda import check_cuda
 from vlm_ops.diagnosis.faiss_build import check_faiss
@@ -50,7 +51,7 @@ def _groups(options: DoctorOptions) -> Mapping[str, Callable[[], Iterable[Findin
     return {
         "packages": check_packages,
         "cpu": check_cpu,
-        "cuda": lambda: check_cuda(options.device),
+        "cuda": lambda: check_cuda(options.device if options.runner == "local" else "auto"),
         "faiss": check_faiss,
         "disk": lambda: check_disk(catalog),
         "storage": lambda: [
@@ -58,30 +59,47 @@ def _groups(options: DoctorOptions) -> Mapping[str, Callable[[], Iterable[Findin
             *check_inputs(options.input, storage_options),
         ],
         "models": lambda: _check_models(options),
-        "local runner": _check_local_runner,
+        f"{options.runner} runner": lambda: _check_runner(options),
     }
 
 
 def _check_models(options: DoctorOptions) -> Iterator[Finding]:
     """Those of the catalog and those that are named; without any, the default one."""
     yield judge_hub()
-    settings = model_settings(options)
+    settings = model_settings(options if options.runner == "local" else replace(options, device="auto"))
     if options.catalog:
         yield from check_recipe(options.catalog, options.storage_options, settings, options.load)
     for spec in options.model or (() if options.catalog else (DEFAULT_MODEL,)):
         yield from check_model(spec, settings, options.load)
 
 
-def _check_local_runner() -> Iterator[Finding]:
-    """Whether Beam, and the runner of `--runner local`, can be had."""
+def _check_runner(options: DoctorOptions) -> Iterator[Finding]:
+    """Whether Beam can be had, and what the runner needs besides."""
     try:
         import apache_beam
         from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     except Exception as error:
-        told = f"cannot be imported: {type(error).__name__}: {error}"
-        yield Finding("Apache Beam", "problem", told, "pip install --force-reinstall apache-beam")
+        yield Finding("Apache Beam", "problem", f"cannot be imported: {one_line(error)}", "pip install --force-reinstall apache-beam")  # fmt: skip
         return
-    yield Finding("Apache Beam", "ok", f"{apache_beam.__version__}, {FnApiRunner.__name__} in this process")
+    where = f", {FnApiRunner.__name__} in this process" if options.runner == "local" else ""
+    yield Finding("Apache Beam", "ok", f"{apache_beam.__version__}{where}")
+    from pipelines.runners import beam_options
+
+    beam = beam_options("doctor", options)
+    if options.runner == "flink":
+        from pipelines.runner_checks.flink import check_flink
+
+        yield from check_flink(beam)
+    elif options.runner == "dataflow":
+        from pipelines.runner_checks.dataflow import check_dataflow
+
+        places = [("--catalog", options.catalog)] if options.catalog else []
+        places += [("--input", pattern) for pattern in options.input]
+        yield from check_dataflow(beam, places, options.storage_options)
+    if options.load and options.runner != "local":
+        from pipelines.runner_checks.workers import check_workers
+
+        yield from check_workers(beam, needs_card=options.device.startswith("cuda"))
 
 
 def as_table(group: str, findings: Iterable[Finding], width: int) -> str:

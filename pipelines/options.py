@@ -261,14 +261,13 @@ class InspectOptions(CatalogOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorOptions:
+class DoctorOptions(RunningOptions):
     """Flags of `beamsight doctor`; none is needed."""
 
     catalog: str | None
     model: tuple[str, ...]
     input: tuple[str, ...]
     load: bool
-    device: str
     trust_remote_code: bool
     json: bool
     storage_options: dict[str, Any]
@@ -694,8 +693,8 @@ def parse_inspect(argv: Sequence[str]) -> InspectOptions:
 
 
 def parse_doctor(argv: Sequence[str]) -> DoctorOptions:
-    parser = _parser("doctor", "Says whether this machine is ready for a run: packages, processor, cards, disk, storage and models. "
-                     "Exits with 1 where something is a problem. Asks no network but the storage that is named, unless with --load.")  # fmt: skip
+    parser = _parser("doctor", "Says whether this machine, and the runner, are ready for a run: packages, processor, cards, disk, storage, models. "
+                     "Exits with 1 where something is a problem. Asks no network but the storage and the runner that are named, unless with --load.")  # fmt: skip
     add = parser.add_argument
     add("--catalog", metavar="DIR",
         help="look also whether a catalog can be here, and whether the models of its recipe can be had")  # fmt: skip
@@ -704,13 +703,17 @@ def parse_doctor(argv: Sequence[str]) -> DoctorOptions:
     add("--input", nargs="+", action="extend", default=[], metavar="PATTERN",
         help="look also whether these can be listed and read")  # fmt: skip
     add("--load", action="store_true",
-        help="load the models, fetching those that are not there, and have each encode an image and a text")  # fmt: skip
+        help="load the models, fetching those that are not there, and have each encode an image and a text; on flink and "
+             "dataflow also run a small job that asks the workers what they are")  # fmt: skip
     _add_device(parser)
     _add_trust(parser)
     add("--json", action="store_true", help="as one JSON object")
     _add_storage(parser)
-    args = parser.parse_args(argv)
-    return DoctorOptions(**{**vars(args), "model": tuple(args.model), "input": tuple(args.input)})
+    _add_runner(parser)
+    args, beam_args = parser.parse_known_args(argv)
+    _check_unknown(parser, args, beam_args)
+    lists = {"model": tuple(args.model), "input": tuple(args.input), "beam_args": tuple(beam_args)}
+    return DoctorOptions(**{**vars(args), "num_threads": None, **lists})
 
 
 def parse_fetch_model(argv: Sequence[str]) -> FetchModelOptions:
@@ -1167,32 +1170,29 @@ def _add_threads(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_running(parser: _Parser) -> None:
-    parser.takes_beam_flags = True
-    group = parser.add_argument_group("running", "Any other flag goes to Apache Beam.")
-    group.add_argument("--runner", default="local",
-        help="local, flink, dataflow, or the name of a Beam runner, whose flags are then all given (default: %(default)s)")  # fmt: skip
+    group = _add_runner(parser)
     group.add_argument(
         "--print_beam_flags", action="store_true", help="print the flags that Beam is given, and do nothing"
     )
     _add_threads(group)
 
 
+def _add_runner(parser: _Parser) -> argparse._ArgumentGroup:
+    parser.takes_beam_flags = True
+    group = parser.add_argument_group("running", "Any other flag goes to Apache Beam.")
+    group.add_argument("--runner", default="local",
+        help="local, flink, dataflow, or the name of a Beam runner, whose flags are then all given (default: %(default)s)")  # fmt: skip
+    return group
+
+
 def _check_running(parser: argparse.ArgumentParser, args: argparse.Namespace, beam_args: list[str]) -> None:
     """Checks the flags that belong to Beam, or prints them, and ends, where that is asked for."""
     prints = args.__dict__.pop("print_beam_flags")
-    if args.runner == "local" and not beam_args and not prints:
+    _check_unknown(parser, args, beam_args)
+    if args.runner == "local" and not prints:
         return
-    from pipelines.runners import beam_flags, check_flags, unknown_beam_args
+    from pipelines.runners import beam_flags, check_flags
 
-    unknown = unknown_beam_args(beam_args) if args.runner in ("local", "flink", "dataflow") else []
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    for flag in unknown:
-        close = difflib.get_close_matches(flag.partition("=")[0], flags, 1)
-        # Flink's job server has flags of its own, which only it can check.
-        if args.runner != "flink" or (close and flag.startswith("--")):
-            parser.error(f"unknown flag {flag!r}" + (f"; did you mean {close[0]}?" if close else ""))
-    if args.runner == "local" and any(flag.partition("=")[0] == "--num_workers" for flag in beam_args):
-        parser.error("--num_workers is of Dataflow's machines; did you mean --num_threads?")
     command, device = parser.prog.split()[-1], getattr(args, "device", "cpu")
     options = RunningOptions(
         runner=args.runner, num_threads=args.num_threads, device=device, beam_args=tuple(beam_args)
@@ -1205,6 +1205,22 @@ def _check_running(parser: argparse.ArgumentParser, args: argparse.Namespace, be
         check_flags(command, options, places)
     except (ValueError, ModuleNotFoundError) as error:
         parser.error(f"--runner {args.runner}: {error}")
+
+
+def _check_unknown(parser: argparse.ArgumentParser, args: argparse.Namespace, beam_args: list[str]) -> None:
+    """Flags that neither we nor Beam know are typing errors. Flink's job server has flags of its own, which only it can
+    check; so only what is nearly one of ours is refused."""
+    if not beam_args or args.runner not in ("local", "flink", "dataflow"):
+        return
+    from pipelines.runners import unknown_beam_args
+
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for flag in unknown_beam_args(beam_args):
+        close = difflib.get_close_matches(flag.partition("=")[0], flags, 1)
+        if args.runner != "flink" or (close and flag.startswith("--")):
+            parser.error(f"unknown flag {flag!r}" + (f"; did you mean {close[0]}?" if close else ""))
+    if args.runner == "local" and any(flag.partition("=")[0] == "--num_workers" for flag in beam_args):
+        parser.error("--num_workers is of Dataflow's machines; did you mean --num_threads?")
 
 
 def _number(kind: Callable[[str], Any], must: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:

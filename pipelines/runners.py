@@ -139,10 +139,7 @@ def _check_flink(options: PipelineOptions) -> None:
 
 def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]]) -> None:
     for flag, place in places:
-        if storage.is_local(place):
-            raise ValueError(
-                f"Dataflow's workers cannot see {place!r} of this machine; give {flag} a place in a bucket, such as gs://BUCKET/..."
-            )
+        check_seen_everywhere(flag, place)
     try:
         from apache_beam.runners.dataflow.internal import apiclient  # noqa: F401
     except ImportError as error:
@@ -164,7 +161,17 @@ def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]])
         )
 
 
-def run_to_end(pipeline: beam.Pipeline) -> None:
+def check_seen_everywhere(flag: str, place: str) -> None:
+    """Raises:
+    ValueError: The place is of this machine alone.
+    """
+    if storage.is_local(place):
+        raise ValueError(
+            f"Dataflow's workers cannot see {place!r} of this machine; give {flag} a place in a bucket, such as gs://BUCKET/..."
+        )
+
+
+def run_to_end(pipeline: beam.Pipeline) -> PipelineResult:
     """Runs a pipeline and waits. Beam's workers print the traceback of an error to stderr wherever it
     passes; the error comes to the caller all the same, who says it once."""
     shown = sys.stderr if os.environ.get("BEAMSIGHT_DEBUG") else io.StringIO()
@@ -175,6 +182,7 @@ def run_to_end(pipeline: beam.Pipeline) -> None:
         except KeyboardInterrupt:
             _cancel(result)
             raise
+        return result
 
 
 def _cancel(result: PipelineResult) -> None:

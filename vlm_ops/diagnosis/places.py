@@ -68,23 +68,32 @@ def hub_cache(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def check_catalog_access(catalog: str, storage_options: Mapping[str, Any]) -> Iterator[Finding]:
-    """Whether a catalog can be here: a small file is written below its folder, kept from being written again, read, listed
-    and deleted. Nothing stays behind."""
+    """Whether a catalog can be here."""
+    yield from check_place("catalog", catalog, storage_options)
+
+
+def check_place(name: str, place: str, storage_options: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether a folder can be used: a small file is written below it, kept from being written again, read, listed
+    and deleted. Nothing stays behind.
+
+    Args:
+        name: What the folder is for.
+    """
     from vlm_ops import storage
 
     try:
-        within(lambda: storage.check_writable(catalog, storage_options), ANSWER_SEC)
-        name = f".beamsight-doctor-{uuid.uuid4().hex[:8]}"
-        uri = f"{_folder_that_is_there(storage.normalise(catalog))}/{name}"
-        yield within(lambda: _try_out(uri, storage_options), ANSWER_SEC)
+        within(lambda: storage.check_writable(place, storage_options), ANSWER_SEC)
+        file = f".beamsight-doctor-{uuid.uuid4().hex[:8]}"
+        uri = f"{_folder_that_is_there(storage.normalise(place))}/{file}"
+        yield within(lambda: _try_out(name, uri, storage_options), ANSWER_SEC)
     except TimeoutError:
-        told = f"{catalog}: no answer within {ANSWER_SEC:g} seconds"
+        told = f"{place}: no answer within {ANSWER_SEC:g} seconds"
         remedy = "see whether the storage, and its endpoint in --storage_options, can be reached at all"
-        yield Finding("catalog", "problem", told, remedy)
+        yield Finding(name, "problem", told, remedy)
     except ValueError as error:
-        yield refused("catalog", error)
+        yield refused(name, error)
     except Exception as error:  # of any library below fsspec
-        yield _unreachable("catalog", catalog, error)
+        yield _unreachable(name, place, error)
 
 
 def check_inputs(patterns: Sequence[str], storage_options: Mapping[str, Any]) -> Iterator[Finding]:
@@ -150,12 +159,12 @@ def _unreachable(name: str, uri: str, error: Exception) -> Finding:
     )
 
 
-def _try_out(uri: str, storage_options: Mapping[str, Any]) -> Finding:
+def _try_out(name: str, uri: str, storage_options: Mapping[str, Any]) -> Finding:
     """Writes a file twice, of which the first one must stay, and looks for it."""
     from vlm_ops import storage
 
     fs = storage.filesystem(uri, storage_options)
-    folder, _, name = uri.rpartition("/")
+    folder, _, file = uri.rpartition("/")
     first, second = uuid.uuid4().bytes, uuid.uuid4().bytes
     try:
         for data in (first, second):
@@ -168,11 +177,11 @@ def _try_out(uri: str, storage_options: Mapping[str, Any]) -> Finding:
         storage.remove(uri, storage_options)
     if found == second:
         told = f"{folder}: a file that is there is replaced unasked, so two runs at once would spoil the catalog"
-        return Finding("catalog", "problem", told, "use a storage with conditional writes (docs/storage.md)")
-    if found != first or name not in listed:
+        return Finding(name, "problem", told, "use a storage with conditional writes (docs/storage.md)")
+    if found != first or file not in listed:
         told = f"{folder}: what was written is not what is {'listed' if found == first else 'read'}"
-        return Finding("catalog", "problem", told, "use another storage")
-    return Finding("catalog", "ok", f"{folder}: a small file was written, read, listed and deleted")
+        return Finding(name, "problem", told, "use another storage")
+    return Finding(name, "ok", f"{folder}: a small file was written, read, listed and deleted")
 
 
 def _folder_that_is_there(uri: str) -> str:
