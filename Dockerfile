@@ -18,26 +18,33 @@ WORKDIR /src
 # setup.py alone, and nothing of the README that it reads: another line of either code fetches no torch.
 COPY setup.py ./
 RUN touch README.md \
- && pip wheel --wheel-dir /wheels ".[tagging]" "apache-beam[gcp]==${BEAM_VERSION}" \
- && rm /wheels/beamsight-*.whl
+ && pip wheel --wheel-dir /wheels ".[dataflow,tagging]" "apache-beam==${BEAM_VERSION}" \
+ && rm /wheels/beamsight-*.whl \
+ && ls /wheels > /dependencies.txt
 
 FROM ${BASE_IMAGE} AS code
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY . .
-RUN pip wheel --no-deps --wheel-dir /wheels .
+RUN pip wheel --no-deps --wheel-dir /wheels . \
+ && sha256sum /wheels/*.whl > /code.sha256
 
 FROM ${BASE_IMAGE}
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 COPY --from=beam /opt/apache/beam/boot /opt/apache/beam/LICENSE /opt/apache/beam/
-# CUDA, half of all, in a layer of its own, so that both halves are pulled at once.
+# What is mounted does not count for Podman 4 when it looks for a layer that it has already; what is copied does.
+COPY --from=dependencies /dependencies.txt /opt/beamsight/
+# Three layers of two to four gigabytes: they are pulled at once, and an engine that packs a layer needs thrice its room.
 # hadolint ignore=DL3059
 RUN --mount=type=bind,from=dependencies,source=/wheels,target=/wheels \
     pip install --no-index --no-deps /wheels/nvidia_*.whl
 # hadolint ignore=DL3059
 RUN --mount=type=bind,from=dependencies,source=/wheels,target=/wheels \
-    pip install --no-index --no-deps /wheels/*.whl
+    pip install --no-index --no-deps /wheels/torch-*.whl /wheels/triton-*.whl
 # hadolint ignore=DL3059
+RUN --mount=type=bind,from=dependencies,source=/wheels,target=/wheels \
+    pip install --no-index --no-deps /wheels/*.whl
+COPY --from=code /code.sha256 /opt/beamsight/
 RUN --mount=type=bind,from=code,source=/wheels,target=/wheels \
     pip install --no-index --no-deps /wheels/*.whl
 COPY --chmod=0755 container/entrypoint.sh /usr/local/bin/entrypoint
@@ -66,6 +73,7 @@ RUN python -c "from PIL import Image; Image.linear_gradient('L').convert('RGB').
 
 ARG BASE_IMAGE
 ARG BEAM_VERSION
+ARG PYTHON_VERSION
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Beamsight" \
       org.opencontainers.image.description="From a corpus of images to a catalog that text and images can search" \
@@ -73,6 +81,7 @@ LABEL org.opencontainers.image.title="Beamsight" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="${BASE_IMAGE}" \
-      org.apache.beam.version="${BEAM_VERSION}"
+      org.apache.beam.version="${BEAM_VERSION}" \
+      org.python.version="${PYTHON_VERSION}"
 ENTRYPOINT ["entrypoint"]
 CMD ["--help"]

@@ -77,10 +77,13 @@ def find_engine() -> Engine:
 
 
 def _limits() -> list[str]:
-    """This process's own: an engine without the right to raise them stops at its defaults."""
-    kinds = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
-    hard = {name: resource.getrlimit(kind)[1] for name, kind in kinds.items()}
-    return [f"--ulimit={name}={limit}:{limit}" for name, limit in hard.items()]
+    """Modest ones: an engine that may not raise limits stops at its own defaults."""
+    flags = []
+    for name, kind, most in (("nofile", resource.RLIMIT_NOFILE, 16384), ("nproc", resource.RLIMIT_NPROC, 4096)):
+        _, hard = resource.getrlimit(kind)
+        limit = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        flags.append(f"--ulimit={name}={limit}:{limit}")
+    return flags
 
 
 def certificates() -> Path | None:

@@ -93,7 +93,7 @@ def test_nothing_is_left_of_what_made_it(engine: Engine, image: str) -> None:
 def test_a_catalog_of_mounted_photos(catalog: Path) -> None:
     found = rows(catalog)
     assert len(found) == NUM_PHOTOS
-    assert all(row["caption"] and len(row["image_embedding"]) == 384 for row in found)
+    assert all(row["caption"] and row["image_embedding"] for row in found)
     assert {path.stat().st_uid for path in (catalog / "images").glob("*.parquet")} == {USER}
 
 
