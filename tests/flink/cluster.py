@@ -219,7 +219,7 @@ def wait_until(is_true: Callable[[], object], what: str, timeout_sec: float = 12
 def worker_environment() -> dict[str, str]:
     """For commands and for workers: this Python, this code, one thread an operation."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    single = {name: "1" for name in ("OMP_NUM_THREADS", "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT", "PIP_NO_INDEX")}
+    single = dict.fromkeys(("OMP_NUM_THREADS", "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT", "PIP_NO_INDEX"), "1")
     return {**os.environ, **single, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 

@@ -7,7 +7,6 @@ computed a second time, and that models are loaded once a process.
 from __future__ import annotations
 
 import json
-import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from deltalake import DeltaTable
 
 from pipelines.cli import main
 from schemas.catalog import CatalogLayout
-from tests.conftest import DATA, jpeg, tar_bytes
+from tests.conftest import jpeg, tar_bytes
 from tests.flink.cluster import Command, FlinkCluster, wait_until
 from tests.pipelines.test_crashes import assert_same_table, table_of
 from vlm_ops.states import commits
