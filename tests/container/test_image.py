@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -113,9 +114,8 @@ def test_flags_alone_are_for_beam(engine: Engine, image: str) -> None:
 def test_its_worker_pool_serves_a_build_on_flink(
     engine: Engine, image: str, shared: Path, catalog: Path, tmp_path: Path
 ) -> None:
-    if engine.name != "podman" or os.getuid() != 0:
-        pytest.skip("needs podman as root, whose containers can be in the network namespace of the cluster")
-    built = shared / "on-flink"
+    check_shares_networks(engine)
+    built = shared / "by-pool"
     external = ["--environment_type=EXTERNAL", f"--environment_config={POOL[0]}:{POOL[1]}", "--parallelism=1"]
     # One TaskManager: Beam's pool knows workers by names that two of them would both give.
     with (
@@ -125,7 +125,39 @@ def test_its_worker_pool_serves_a_build_on_flink(
         build = ["build", "--input", shared / "photos", "--catalog", built]
         said = cluster.start_command(*build, *cluster.flags(), *external).finish()
     assert f"{NUM_PHOTOS} added" in said
-    # Command and cluster are root's: who wrote the parts was in the container.
+    check_equal(catalog, built)
+
+
+def test_flink_starts_it_for_its_workers(
+    engine: Engine, image: str, shared: Path, catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_shares_networks(engine)
+    # What Flink calls `docker`. Beam mounts nothing into a container; with folders of this machine for buckets, this does.
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    run = engine.command("", flags=[mount(shared)], network="host")[1:-1]
+    (programs / "docker").write_text(
+        f'#!/bin/sh\n[ "$1" != run ] || {{ shift; set -- {shlex.join(run)} "$@"; }}\nexec {engine.name} "$@"\n'
+    )
+    (programs / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    (tmp_path / "flink").mkdir()
+    built = shared / "by-docker"
+    with flink_cluster(tmp_path / "flink", num_task_managers=2) as cluster:
+        build = ["build", "--input", shared / "photos", "--catalog", built]
+        docker = ["--environment_type=DOCKER", f"--environment_config={image}"]
+        said = cluster.start_command(*build, *cluster.flags(), *docker).finish()
+    assert f"{NUM_PHOTOS} added" in said
+    check_equal(catalog, built)
+
+
+def check_shares_networks(engine: Engine) -> None:
+    if engine.name != "podman" or os.getuid() != 0:
+        pytest.skip("needs podman as root, whose containers can be in the network namespace of the cluster")
+
+
+def check_equal(catalog: Path, built: Path) -> None:
+    """Commands and cluster are this user's: who wrote the parts was in a container."""
     assert {path.stat().st_uid for path in (built / "images").glob("*.parquet")} == {USER}
     for here, there in zip(rows(catalog), rows(built), strict=True):
         for name in ("image_id", "uri", "content_sha256", "caption"):
