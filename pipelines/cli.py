@@ -121,7 +121,7 @@ def _set_up_logging() -> None:
     # Beam complains here about Google packages that a local run does not need.
     logging.getLogger("root").addFilter(lambda record: "apitools" not in record.getMessage())
     # And repeats a worker's traceback at every stage; the message at the end says it once.
-    quiet = logging.ERROR if os.environ.get("BEAMSIGHT_DEBUG") else logging.CRITICAL
+    quiet = logging.ERROR if os.environ.get("BEAMSIGHT_DEBUG") else logging.CRITICAL + 1
     logging.getLogger("apache_beam").setLevel(quiet)
 
 

@@ -53,6 +53,7 @@ def check_workers(options: PipelineOptions, needs_card: bool = False) -> Iterato
         pipeline = beam.Pipeline(options=options)
         _ = pipeline | beam.Create(range(_NUM_ELEMENTS)) | beam.Reshuffle() | beam.ParDo(_Say())
         result = run_to_end(pipeline)
+        assert result is not None, "--template_location makes a template of it"
         found = result.metrics().query(MetricsFilter().with_namespace(_NAMESPACE))["counters"]
         answers = [json.loads(counter.key.metric.name) for counter in found]
     except Exception as error:  # of any runner
