@@ -1,8 +1,10 @@
 # `make demo` sets everything up and runs the main job; `make test` passes the tests.
 PYTHON ?= python3
 VENV ?= .venv
+# What builds the image: docker where its daemon answers, else podman.
+ENGINE ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo podman)
 
-.PHONY: demo test quality docs bench clean
+.PHONY: demo test quality docs bench image image-test clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/demo.py demo
@@ -24,6 +26,12 @@ bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/bench_models.py
 	$(VENV)/bin/python benchmarks/bench_search.py
 	$(VENV)/bin/python benchmarks/bench_quality.py
+
+image:
+	$(ENGINE) build --tag beamsight --build-arg REVISION=$$(git rev-parse HEAD) .
+
+image-test: $(VENV)/.dev
+	$(VENV)/bin/pytest -m container
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info
