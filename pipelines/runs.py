@@ -13,22 +13,26 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
+from pipelines.dataflow_jobs import LostJobError
+from pipelines.jobs import run_to_end
 from pipelines.options import BuildOptions, RetryOptions, model_settings
 from pipelines.progress import Progress, watching
-from pipelines.runners import LostJobError, beam_options, run_to_end
-from pipelines.transforms import EnrichShards, PublishRun, ReadShardRefs
-from schemas.catalog import RUN_CONTENTS, RUN_MANIFEST, RUN_REPORT, RUN_SHARDS, CatalogLayout
+from pipelines.runners import beam_options
+from pipelines.transforms import EnrichShards, ListedWork, PublishRun
+from schemas.catalog import RUN_CONTENTS, RUN_MANIFEST, RUN_REPORT, RUN_WORK, CatalogLayout
 from schemas.manifests import RunManifest
 from schemas.recipes import Recipe
+from schemas.samples import ShardRef
 from vlm_ops import storage
 from vlm_ops.contents import write_known_contents
 from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.pages import write_run_report
-from vlm_ops.planning import Plan, rows_leaving, write_shards
+from vlm_ops.planning import Plan, rows_leaving
 from vlm_ops.publishing import PublishConfig
 from vlm_ops.run_manifests import new_run_id, read_manifest
 from vlm_ops.shards import ReadConfig
 from vlm_ops.states import CatalogState
+from vlm_ops.work_lists import write_work_list
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +75,7 @@ def execute(run: Run, state: CatalogState) -> int:
     run_id = new_run_id()
     started = time.perf_counter()
     known = _write_known_contents(run, state, run_id)
+    work = write_work_list(run.catalog.run_file(run_id, RUN_WORK), run.plan.shards, options)
     enrich = EnrichConfig(
         run.catalog.root, run.recipe, run_id, run.read, model_settings(how), how.batch_size, how.num_threads, known
     )
@@ -86,25 +91,25 @@ def execute(run: Run, state: CatalogState) -> int:
         max_failure_rate=run.max_failure_rate,
         storage_options=options,
     )
-    planned = _write_shards(run, run_id)
     enricher = Shared()
+    is_running_on = False
     try:
         pipeline = beam.Pipeline(options=beam_options(run.action, how))
-        source = ReadShardRefs(planned, options) if planned else beam.Create(run.plan.shards)
-        shards = pipeline | "Shards" >> source
+        shards = pipeline | "Shards" >> ListedWork(work, ShardRef.from_json, options)
         _ = shards | "Enrich" >> EnrichShards(enrich, enricher) | "Publish" >> PublishRun(publish)
         # A model that cannot be loaded is a mistake of the command, and known before any work where that is done here.
         _loaded = enricher.acquire(lambda: Enricher(enrich)) if how.runner == "local" and run.plan.shards else None
         with _progress(run, run_id):
-            if run_to_end(pipeline) is None:
-                known = planned = None  # the template's job reads them
-                return EXIT_OK
+            is_running_on = run_to_end(pipeline) is None
     except LostJobError:
-        known = planned = None
+        is_running_on = True
         raise
     finally:
-        for uri in filter(None, (known, planned)):
-            storage.remove(uri, options)
+        for uri in (known, work.uri):
+            if uri and not is_running_on:
+                storage.remove(uri, options)
+    if is_running_on:
+        return EXIT_OK
     try:
         manifest = read_manifest(run.catalog, run_id, options)
     except FileNotFoundError as error:
@@ -161,15 +166,6 @@ def summary(manifest: RunManifest, catalog: CatalogLayout, wall_sec: float) -> s
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in manifest.stages)
         lines += [f"speed      {rate:.1f} images/s, {wall_sec:.1f} s", f"stages     {stages} (thread-seconds)"]
     return "\n".join([*lines, f"report     {catalog.run_file(manifest.run_id, RUN_REPORT)}"])
-
-
-def _write_shards(run: Run, run_id: str) -> str | None:
-    """The file in which workers elsewhere find what to do; None where they are this process."""
-    if run.options.runner == "local":
-        return None
-    uri = run.catalog.run_file(run_id, RUN_SHARDS)
-    write_shards(uri, run.plan.shards, run.read.storage_options)
-    return uri
 
 
 def _write_known_contents(run: Run, state: CatalogState, run_id: str) -> str | None:

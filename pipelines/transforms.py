@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,34 +18,38 @@ from schemas.samples import ShardRef
 from schemas.tags import TagRecord
 from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.parts import PartSummary
-from vlm_ops.planning import read_shards
 from vlm_ops.publishing import PublishConfig, publish_index, publish_run
 from vlm_ops.tag_parts import TagSummary, TagWork
 from vlm_ops.tag_publishing import TagPublishConfig, publish_tags
 from vlm_ops.tagging import TagConfig, tagger_of
+from vlm_ops.work_lists import Stretch, WorkList, read_stretch
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ReadShardRefs(beam.PTransform):
-    """The shards of a plan that was written to a file.
+class ListedWork(beam.PTransform):
+    """What there is to do, out of the file that the launcher has written.
 
-    Input: nothing. Output: ShardRef. A pipeline that holds a million references itself is larger than runners take:
-    Dataflow takes 10 MB (https://cloud.google.com/dataflow/docs/request-quotas), or about 150,000.
+    Input: the beginning of a pipeline. Output: whatever was listed, ShardRef or TagWork. Failures: storage errors raise, so that
+    the runner tries again. Shuffles the places of stretches of the file.
 
     Args:
-        uri: What `write_shards` wrote.
+        work: The list.
+        from_json: Makes of a line what it was.
     """
 
-    uri: str
+    work: WorkList
+    from_json: Callable[[str], Any]
     storage_options: dict[str, Any]
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection:
-        return begin | beam.Create([self.uri]) | beam.FlatMap(read_shards, self.storage_options)
+        stretches = begin | beam.Create(self.work.stretches)
+        lines = stretches | beam.FlatMap(_lines, self.work.uri, self.storage_options)
+        return lines | beam.Map(self.from_json)
 
 
 @dataclass
@@ -191,6 +195,10 @@ class PublishTags(beam.PTransform):
 
     def expand(self, parts: beam.PCollection) -> beam.PCollection:
         return parts | beam.combiners.ToList() | beam.Map(_publish_tags, self.config)
+
+
+def _lines(stretch: Stretch, uri: str, storage_options: dict[str, Any]) -> Iterator[str]:
+    return read_stretch(uri, stretch, storage_options)
 
 
 def _publish(summaries: list[PartSummary], config: PublishConfig) -> RunManifest:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +24,7 @@ from schemas.samples import HARMLESS_REASONS, FileRef, Sample, ShardRef, clean_t
 from vlm_ops import storage
 from vlm_ops.contents import digest_of, sha256_of
 from vlm_ops.delta_tables import LivePart, read_columns
-from vlm_ops.inputs import Listing, allowed, in_present_version, pack
+from vlm_ops.inputs import NUM_REQUESTS, Listing, allowed, in_present_version, pack
 from vlm_ops.parts import PartSummary, has_failures_part, read_summary
 from vlm_ops.shards import ReadConfig, read_shard
 from vlm_ops.states import CatalogState, Gone
@@ -132,18 +132,6 @@ def plan_inputs(config: PlanConfig, state: CatalogState, listing: Listing) -> Pl
     )
 
 
-def write_shards(uri: str, shards: Iterable[ShardRef], storage_options: storage.StorageOptions) -> None:
-    """Writes shards as JSON lines, for workers elsewhere."""
-    with storage.replacing(uri, storage_options) as path, open(path, "w", encoding="ascii") as file:
-        file.writelines(shard.to_json() + "\n" for shard in shards)
-
-
-def read_shards(uri: str, storage_options: storage.StorageOptions) -> Iterator[ShardRef]:
-    """The shards of a file that `write_shards` wrote, in their order."""
-    with storage.open_for_reading(uri, storage_options) as file:
-        yield from map(ShardRef.from_json, file)
-
-
 def kept_inputs(listing: Listing, plan: Plan) -> tuple[list[ShardRef], list[tuple[str, FileRef]]]:
     """The inputs that a plan leaves as they are: shard files, and single files with their places."""
     todo = {shard.shard_id for shard in plan.shards}
@@ -204,10 +192,15 @@ def with_refused_parts(config: PlanConfig, plan: Plan, refused: Sequence[RunMani
         made |= {
             parsed.shard_id: (name, manifest.run_id) for name in manifest.parts if (parsed := parse_part_name(name))
         }
-    shards, uncommitted = [], []
-    for shard in plan.shards:
+    if not made:
+        return plan
+
+    def read(shard: ShardRef) -> tuple[str, str, PartSummary | None]:
         name, run_id = made.get(shard.shard_id, ("", ""))
-        summary = read_summary(config.catalog, name, config.read.storage_options) if name else None
+        return name, run_id, read_summary(config.catalog, name, config.read.storage_options) if name else None
+
+    shards, uncommitted = [], []
+    for shard, (name, run_id, summary) in storage.read_ahead(read, plan.shards, NUM_REQUESTS):
         parsed = parse_part_name(name)
         if summary and parsed and parsed.recipe_id == config.recipe.recipe_id:
             if summary.num_failed_images:
@@ -241,7 +234,7 @@ def plan_retry(config: PlanConfig, state: CatalogState, allowed_schemes: Sequenc
                 formats[source["uri"]] = source["format"]
                 shards.setdefault(source["uri"], {})[row["uri"]] = row["attempts"]
                 continue
-            file = _file_of(source["file"])
+            file = FileRef.from_dict(source["file"])
             if file.error and storage.scheme_of(file.uri) in allowed_schemes:
                 file = allowed(file)
             files.setdefault(source["uri"], []).append(file)
@@ -370,14 +363,6 @@ def _attempts(config: PlanConfig, summary: PartSummary) -> dict[str, int]:
     columns = ["uri", "attempts"]
     ((_, rows),) = read_columns(config.catalog.failures, [part], columns, config.read.storage_options)
     return dict(zip(rows.column("uri").to_pylist(), rows.column("attempts").to_pylist(), strict=True))
-
-
-def _file_of(values: Mapping[str, Any]) -> FileRef:
-    """A reference as JSON kept it."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return FileRef(**fields)
 
 
 def _shard_now(uri: str, format_: str, config: PlanConfig) -> ShardRef | None:
