@@ -83,18 +83,21 @@ def catalog(store: Store, name: str = "catalog") -> str:
     return f"{store.uri}/{name}"
 
 
-def build(service: Any, catalog: str, *flags: str, is_anonymous: bool = True) -> int:
+def build(service: Any, catalog: str, *flags: str, **how: bool) -> int:
     what = ("--input", "gs://photos/corpus/*.tar", "--catalog", catalog, "--model", "python:tests.toys")
-    return command(service, "build", *what, *flags, is_anonymous=is_anonymous)
+    return command(service, "build", *what, *flags, **how)
 
 
-def command(service: Any, name: str, *arguments: str, is_anonymous: bool = True) -> int:
-    """A command as a person types it, but for the last flags: without an account, and to this machine."""
+def command(
+    service: Any, name: str, *arguments: str, is_anonymous: bool = True, tells_its_packages: bool = False
+) -> int:
+    """A command as a person types it, but for what sends it to this machine, without an account, and saves half a second."""
     where = ("--project=my-project", "--region=europe-west4", "--temp_location=gs://photos/temp")
     here = ("--storage_options", json.dumps({"token": "anon"}), f"--dataflow_endpoint={service.url}")
     nobody = ("--no_auth",) if is_anonymous else ()
+    quick = () if tells_its_packages else ("--experiments=disable_logging_submission_environment",)
     image = f"--sdk_container_image={IMAGE}"
-    return main([name, *here, "--runner", "dataflow", *where, image, *nobody, *arguments])
+    return main([name, *here, "--runner", "dataflow", *where, image, *nobody, *quick, *arguments])
 
 
 def pipeline_of(job: Any, store: Store) -> beam_runner_api_pb2.Pipeline:
@@ -146,7 +149,7 @@ def done(google: tuple[Store, Proxy]) -> SimpleNamespace:
 
     with service_module.serving() as service, redirect_stdout(out), redirect_stderr(err):
         service.work = work
-        code = build(service, "gs://photos/catalog", "--labels=team=photos")
+        code = build(service, "gs://photos/catalog", "--labels=team=photos", tells_its_packages=True)
     job = service.jobs[0]
     staged = storage.filesystem("gs://", google[0].options).find("photos/temp")
     pipeline = pipeline_of(job, google[0])
