@@ -25,7 +25,7 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from pipelines.runner_checks.flink import check_job_server, check_master
+from pipelines.runner_checks.flink import EMBEDDED, cancel_job, check_job_server, check_master
 from vlm_ops import storage
 from vlm_ops.cores import usable_cores
 
@@ -133,7 +133,7 @@ def check_flags(command: str, options: RunningOptions, places: Sequence[tuple[st
 
 def _check_flink(options: PipelineOptions) -> None:
     portable = options.view_as(PortableOptions)
-    is_embedded = options.view_as(FlinkRunnerOptions).flink_master in ("[auto]", "[local]")
+    is_embedded = options.view_as(FlinkRunnerOptions).flink_master in EMBEDDED
     image = options.view_as(WorkerOptions).sdk_container_image or portable.environment_config
     if not is_embedded and portable.environment_type in (None, "DOCKER") and not image:
         raise ValueError(
@@ -193,7 +193,7 @@ def run_to_end(pipeline: beam.Pipeline) -> PipelineResult:
         try:
             result.wait_until_finish()
         except KeyboardInterrupt:
-            _cancel(result)
+            _cancel(result, pipeline.options)
             raise
         return result
 
@@ -237,10 +237,13 @@ def _uninterrupted(start: Callable[[], _Result]) -> Callable[[], _Result]:
     return started
 
 
-def _cancel(result: PipelineResult) -> None:
+def _cancel(result: PipelineResult, options: PipelineOptions) -> None:
     """Another machine's job goes on when the one that has submitted it does not, and keeps its slots."""
     try:
         result.cancel()
+        master = options.view_as(FlinkRunnerOptions).flink_master
+        if master not in EMBEDDED:  # the job server only stops waiting for a job of Flink's (seen with that of Beam 2.70)
+            cancel_job(master, options.view_as(GoogleCloudOptions).job_name)
     except Exception as error:  # of any runner; the interruption is what counts
         logger.warning("the job could not be cancelled, and may go on: %s", error)
 

@@ -28,7 +28,7 @@ from pipelines.runner_checks.images import describe_image
 from vlm_ops.diagnosis import Finding, one_line
 from vlm_ops.diagnosis.places import ANSWER_SEC, check_folder
 
-_EMBEDDED = ("[auto]", "[local]")
+EMBEDDED = ("[auto]", "[local]")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _DOCS = "docs/flink.md"
 
@@ -37,7 +37,7 @@ def check_flink(options: PipelineOptions) -> Iterator[Finding]:
     """Job server, master, artifacts, and the environment of the workers."""
     flink = options.view_as(FlinkRunnerOptions)
     portable = options.view_as(PortableOptions)
-    is_embedded = flink.flink_master in _EMBEDDED
+    is_embedded = flink.flink_master in EMBEDDED
     speaks = None
     if portable.job_endpoint and portable.job_endpoint != "embed":
         yield _check_address("job server", portable.job_endpoint, "start it, or leave out --job_endpoint")
@@ -150,6 +150,17 @@ def judge_slots(overview: Mapping[str, Any]) -> Finding:
         remedy = "wait for the jobs that have them, or cancel those that nobody waits for (PATCH /jobs/ID?mode=cancel)"
         return Finding("slots", "warning", told, remedy)
     return Finding("slots", "ok", told)
+
+
+def cancel_job(master: str, name: str) -> None:
+    """Cancels the job of a name, if it runs; nothing where several do, of which one is another's."""
+    jobs = _get(f"{_url(master)}/jobs/overview")["jobs"]
+    running = [job["jid"] for job in jobs if job["name"] == name and job["end-time"] < 0]
+    if len(running) > 1:
+        raise ValueError(f"{len(running)} jobs are called {name}; cancel the right one at {_url(master)}")
+    for job in running:
+        request = urllib.request.Request(f"{_url(master)}/jobs/{job}?mode=cancel", method="PATCH")
+        urllib.request.urlopen(request, timeout=ANSWER_SEC).close()
 
 
 def check_artifacts(folder: str | None, is_here: bool) -> Finding:
