@@ -123,7 +123,7 @@ def _set_up_logging() -> None:
     logging.getLogger("root").addFilter(lambda record: "apitools" not in record.getMessage())
     # And repeats a worker's traceback at every stage; the message at the end says it once.
     is_debug = bool(os.environ.get("BEAMSIGHT_DEBUG"))
-    logging.getLogger("apache_beam").setLevel(logging.ERROR if is_debug else logging.CRITICAL)
+    logging.getLogger("apache_beam").setLevel(logging.ERROR if is_debug else logging.CRITICAL + 1)
     # The root's logger serves these two for a remote job's messages, and while its job server starts.
     loud = () if is_debug else ("portable_runner", "subprocess_server")
     logging.getLogger("root").addFilter(lambda record: record.module not in loud)

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import logging
-import os
 import re
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import apache_beam as beam
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     FlinkRunnerOptions,
@@ -25,18 +17,12 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from pipelines.runner_checks.flink import EMBEDDED, cancel_job, check_job_server, check_master
+from pipelines.runner_checks.flink import EMBEDDED, check_job_server, check_master
 from vlm_ops import storage
 from vlm_ops.cores import usable_cores
 
 if TYPE_CHECKING:
-    from apache_beam.runners.portability.job_server import JobServer
-    from apache_beam.runners.runner import PipelineResult, PipelineRunner
-
     from pipelines.options import RunningOptions
-
-logger = logging.getLogger(__name__)
-_Result = TypeVar("_Result")
 
 # What a Dataflow worker with a GPU is, unless other flags say so: one L4 with 24 GB, and the cores to decode for it.
 _GPU_MACHINE = ("--machine_type=g2-standard-8",)
@@ -182,70 +168,6 @@ def check_seen_everywhere(flag: str, place: str) -> None:
         raise ValueError(
             f"Dataflow's workers cannot see {place!r} of this machine; give {flag} a place in a bucket, such as gs://BUCKET/..."
         )
-
-
-def run_to_end(pipeline: beam.Pipeline) -> PipelineResult:
-    """Runs a pipeline and waits. Beam's workers print the traceback of an error to stderr wherever it
-    passes; the error comes to the caller all the same, who says it once."""
-    shown = sys.stderr if os.environ.get("BEAMSIGHT_DEBUG") else io.StringIO()
-    with contextlib.redirect_stderr(shown), _job_server_of(pipeline.runner):
-        result = pipeline.run()
-        try:
-            result.wait_until_finish()
-        except KeyboardInterrupt:
-            _cancel(result, pipeline.options)
-            raise
-        return result
-
-
-@contextlib.contextmanager
-def _job_server_of(runner: PipelineRunner) -> Iterator[None]:
-    """The job server that a portable runner starts lives as long as the block: it listens on every interface, and Beam would
-    stop it only at the exit of the process, which a failed command does not wait for.
-
-    Interrupted at a terminal, it is what the job is cancelled through. So it does not hear of it, and Beam's own handler,
-    which would stop it first, is not left in place.
-    """
-    servers: list[JobServer] = []
-    if make := getattr(runner, "default_job_server", None):
-
-        def make_and_keep(options: PipelineOptions) -> JobServer:
-            server = make(options)
-            if threading.current_thread() is threading.main_thread():
-                server.start = _uninterrupted(server.start)
-            servers.append(server)
-            return server
-
-        runner.default_job_server = make_and_keep  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for server in servers:
-            server.stop()
-
-
-def _uninterrupted(start: Callable[[], _Result]) -> Callable[[], _Result]:
-    """Calls a function while SIGINT is ignored; the programs that it starts ignore it for good."""
-
-    def started() -> _Result:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return start()
-        finally:
-            signal.signal(signal.SIGINT, handler)
-
-    return started
-
-
-def _cancel(result: PipelineResult, options: PipelineOptions) -> None:
-    """Another machine's job goes on when the one that has submitted it does not, and keeps its slots."""
-    try:
-        result.cancel()
-        master = options.view_as(FlinkRunnerOptions).flink_master
-        if master not in EMBEDDED:  # the job server only stops waiting for a job of Flink's (seen with that of Beam 2.70)
-            cancel_job(master, options.view_as(GoogleCloudOptions).job_name)
-    except Exception as error:  # of any runner; the interruption is what counts
-        logger.warning("the job could not be cancelled, and may go on: %s", error)
 
 
 def unknown_beam_args(beam_args: Sequence[str]) -> list[str]:

@@ -13,13 +13,15 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
+from pipelines.jobs import run_to_end
 from pipelines.options import BuildOptions, RetryOptions, model_settings
 from pipelines.progress import Progress, watching
-from pipelines.runners import beam_options, run_to_end
-from pipelines.transforms import EnrichShards, PublishRun
-from schemas.catalog import RUN_CONTENTS, RUN_REPORT, CatalogLayout
+from pipelines.runners import beam_options
+from pipelines.transforms import EnrichShards, ListedWork, PublishRun
+from schemas.catalog import RUN_CONTENTS, RUN_REPORT, RUN_WORK, CatalogLayout
 from schemas.manifests import RunManifest
 from schemas.recipes import Recipe
+from schemas.samples import ShardRef
 from vlm_ops import storage
 from vlm_ops.contents import write_known_contents
 from vlm_ops.enrich import EnrichConfig, Enricher
@@ -29,6 +31,7 @@ from vlm_ops.publishing import PublishConfig
 from vlm_ops.run_manifests import new_run_id, read_manifest
 from vlm_ops.shards import ReadConfig
 from vlm_ops.states import CatalogState
+from vlm_ops.work_lists import write_work_list
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ def execute(run: Run, state: CatalogState) -> int:
     run_id = new_run_id()
     started = time.perf_counter()
     known = _write_known_contents(run, state, run_id)
+    work = write_work_list(run.catalog.run_file(run_id, RUN_WORK), run.plan.shards, options)
     enrich = EnrichConfig(
         run.catalog.root, run.recipe, run_id, run.read, model_settings(how), how.batch_size, how.num_threads, known
     )
@@ -86,18 +90,22 @@ def execute(run: Run, state: CatalogState) -> int:
         max_failure_rate=run.max_failure_rate,
         storage_options=options,
     )
-    pipeline = beam.Pipeline(options=beam_options(run.action, how))
-    shards = pipeline | "Shards" >> beam.Create(run.plan.shards)
     enricher = Shared()
-    _ = shards | "Enrich" >> EnrichShards(enrich, enricher) | "Publish" >> PublishRun(publish)
+    is_running_on = False
     try:
+        pipeline = beam.Pipeline(options=beam_options(run.action, how))
+        shards = pipeline | "Shards" >> ListedWork(work, ShardRef.from_json, options)
+        _ = shards | "Enrich" >> EnrichShards(enrich, enricher) | "Publish" >> PublishRun(publish)
         # A model that cannot be loaded is a mistake of the command, and known before any work where that is done here.
         _loaded = enricher.acquire(lambda: Enricher(enrich)) if how.runner == "local" and run.plan.shards else None
         with _progress(run, run_id):
-            run_to_end(pipeline)
+            is_running_on = run_to_end(pipeline) is None
     finally:
-        if known:
-            storage.remove(known, options)
+        for uri in (known, work.uri):
+            if uri and not is_running_on:
+                storage.remove(uri, options)
+    if is_running_on:
+        return EXIT_OK
     manifest = read_manifest(run.catalog, run_id, options)
     write_run_report(run.catalog, manifest, options)
     if manifest.status == "refused":

@@ -18,11 +18,12 @@ import apache_beam as beam
 import pyarrow as pa
 
 from pipelines.corpora import encode_corpus
+from pipelines.jobs import run_to_end
 from pipelines.options import ReadingOptions, TagOptions
 from pipelines.progress import watching
-from pipelines.runners import beam_options, run_to_end
-from pipelines.transforms import PublishTags, TagParts
-from schemas.catalog import RUN_METRICS, RUN_REPORT, CatalogLayout
+from pipelines.runners import beam_options
+from pipelines.transforms import ListedWork, PublishTags, TagParts
+from schemas.catalog import RUN_METRICS, RUN_REPORT, RUN_WORK, CatalogLayout
 from schemas.recipes import Recipe
 from schemas.samples import FILES_PER_SHARD, digest
 from schemas.tags import TagRecipe
@@ -39,13 +40,14 @@ from vlm_ops.ops import check_installed
 from vlm_ops.run_manifests import new_run_id
 from vlm_ops.states import existing_state
 from vlm_ops.suitability import suitability_rules, topic_embeddings
-from vlm_ops.tag_parts import TagPlan, num_unknown, plan_tags
+from vlm_ops.tag_parts import TagPlan, TagWork, num_unknown, plan_tags
 from vlm_ops.tag_publishing import TagPublishConfig
 from vlm_ops.tag_report import write_tag_report
 from vlm_ops.tag_states import existing_tags, tag_state
 from vlm_ops.tag_statistics import describe_tags, tag_lines
 from vlm_ops.tagging import TagConfig
 from vlm_ops.taxonomies import load_mapping, load_taxonomy
+from vlm_ops.work_lists import write_work_list
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ def run(options: TagOptions) -> int:
     recipe = state.commit.record.recipe
     calibration = _calibration(options, taxonomy, recipe)
     config = _config(options, catalog, taxonomy, calibration, recipe)
-    plan = plan_tags(state.images, tags.parts, config.recipe, digest(config.run_id)[:8] if options.all else "")
+    revision = digest(config.run_id)[:8] if options.all else ""
+    plan = plan_tags(state.images, tags.parts, config.recipe, revision)
     if options.dry_run:
         print(_forecast(plan, catalog, storage_options))
         return 0
@@ -81,7 +84,7 @@ def run(options: TagOptions) -> int:
         catalog=catalog.root,
         recipe=config.recipe,
         run_id=config.run_id,
-        plan=plan,
+        revision=revision,
         sequence=tags.sequence,
         images_version=state.commit.version,
         images_run_id=state.commit.record.run_id,
@@ -90,11 +93,19 @@ def run(options: TagOptions) -> int:
     started = time.perf_counter()
     pipeline = beam.Pipeline(options=beam_options("tag", options))
     config = replace(config, num_processes=_num_processes(options, plan))
-    work = pipeline | "Parts" >> beam.Create(plan.work)
+    listed = write_work_list(catalog.run_file(config.run_id, RUN_WORK), plan.work, storage_options)
+    work = pipeline | "Parts" >> ListedWork(listed, TagWork.from_json, storage_options)
     _ = work | "Tag" >> TagParts(config) | "Publish" >> PublishTags(publish)
     amounts = {each.name: each.num_rows for each in plan.work}
-    with watching("tag", amounts, lambda: storage.names_in(catalog.tags, storage_options)):
-        run_to_end(pipeline)
+    is_running_on = False
+    try:
+        with watching("tag", amounts, lambda: storage.names_in(catalog.tags, storage_options)):
+            is_running_on = run_to_end(pipeline) is None
+    finally:
+        if not is_running_on:
+            storage.remove(listed.uri, storage_options)
+    if is_running_on:
+        return 0
     wall_sec = time.perf_counter() - started
     print(_summary(catalog, config, state.images, wall_sec))
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,34 @@ from vlm_ops.publishing import PublishConfig, publish_index, publish_run
 from vlm_ops.tag_parts import TagSummary, TagWork
 from vlm_ops.tag_publishing import TagPublishConfig, publish_tags
 from vlm_ops.tagging import TagConfig, tagger_of
+from vlm_ops.work_lists import Stretch, WorkList, read_stretch
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ListedWork(beam.PTransform):
+    """What there is to do, out of the file that the launcher has written.
+
+    Input: the beginning of a pipeline. Output: whatever was listed, ShardRef or TagWork. Failures: storage errors raise, so that
+    the runner tries again. Shuffles the places of stretches of the file.
+
+    Args:
+        work: The list.
+        from_json: Makes of a line what it was.
+    """
+
+    work: WorkList
+    from_json: Callable[[str], Any]
+    storage_options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection:
+        stretches = begin | beam.Create(self.work.stretches)
+        lines = stretches | beam.FlatMap(_lines, self.work.uri, self.storage_options)
+        return lines | beam.Map(self.from_json)
 
 
 @dataclass
@@ -169,6 +195,10 @@ class PublishTags(beam.PTransform):
 
     def expand(self, parts: beam.PCollection) -> beam.PCollection:
         return parts | beam.combiners.ToList() | beam.Map(_publish_tags, self.config)
+
+
+def _lines(stretch: Stretch, uri: str, storage_options: dict[str, Any]) -> Iterator[str]:
+    return read_stretch(uri, stretch, storage_options)
 
 
 def _publish(summaries: list[PartSummary], config: PublishConfig) -> RunManifest:

@@ -41,7 +41,7 @@ class CatalogLayout:
         return f"{self.indexes}/{run_id}/{name}"
 
     def run_file(self, run_id: str, name: str) -> str:
-        """`name` is one of RUN_MANIFEST, RUN_METRICS, RUN_REPORT, RUN_CONTENTS."""
+        """`name` is one of RUN_MANIFEST, RUN_METRICS, RUN_REPORT, RUN_CONTENTS, RUN_WORK."""
         return f"{self.runs}/{run_id}/{name}"
 
 
@@ -51,7 +51,8 @@ INDEX_ROWS = "rows.parquet"
 RUN_MANIFEST = "manifest.json"
 RUN_METRICS = "metrics.json"
 RUN_REPORT = "report.html"
-RUN_CONTENTS = "contents.arrow"  # only while the run is at work
+RUN_CONTENTS = "contents.arrow"  # these two only while the run is at work
+RUN_WORK = "work.jsonl.gz"
 
 
 def part_name(shard_id: str, recipe_id: str, revision: str = "") -> str:
@@ -77,7 +78,7 @@ def is_data_file(path: str) -> bool:
         return False
     if folder == "indexes":
         return name in _INDEX_FILES
-    return folder == "runs" and (name == RUN_CONTENTS or unfinished is not None)
+    return folder == "runs" and (name in (RUN_CONTENTS, RUN_WORK) or unfinished is not None)
 
 
 @dataclass(frozen=True)

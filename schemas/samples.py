@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from schemas.catalog import part_name
@@ -103,7 +103,7 @@ class Failure:
         return self.reason not in HARMLESS_REASONS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRef:
     """A single image file, as the planner found it.
 
@@ -122,8 +122,20 @@ class FileRef:
     error: tuple[str, str] | None = None
     entry: str = ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: what is not as usual."""
+        return _told(self)
 
-@dataclass(frozen=True)
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FileRef:
+        """The reverse of `to_dict`, also after JSON has made lists of tuples."""
+        fields_: dict[str, Any] = {}
+        for name, value in values.items():
+            fields_[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**fields_)
+
+
+@dataclass(frozen=True, slots=True)
 class ShardRef:
     """A reference to one unit of work.
 
@@ -166,6 +178,22 @@ class ShardRef:
         """Names the place and its content: a changed shard has another one."""
         versions = [f"{file.version}|{file.sidecars}|{file.metadata}|{file.captions}" for file in self.files]
         return f"{self.location_id}-{digest(self.version, *versions)[:12]}"
+
+    def to_json(self) -> str:
+        """One line. Names that are not UTF-8 are escaped, and come back as they were."""
+        nested = {"files": [file.to_dict() for file in self.files], "attempts": dict(self.attempts)}
+        return json.dumps({**_told(self), **nested}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> ShardRef:
+        values = json.loads(text)
+        return cls(**{**values, "files": tuple(FileRef.from_dict(file) for file in values["files"])})
+
+
+def _told(reference: FileRef | ShardRef) -> dict[str, Any]:
+    """The fields that differ from their defaults."""
+    told = ((each.name, getattr(reference, each.name), each.default) for each in fields(reference))
+    return {name: value for name, value, default in told if value != default}
 
 
 def image_id(uri: str) -> int:

@@ -25,6 +25,9 @@ from vlm_ops import storage
 
 _APPLICATION = "beamsight"
 _NEWEST_ENTRIES = 8  # what is looked for in a log is nearly always among these
+# Object storage answers slowly, and a part is a few requests: so many are read ahead, if they have no more rows than this.
+_NUM_AHEAD = 32
+_MAX_ROWS_AHEAD = 65_536
 _Entry = TypeVar("_Entry")
 
 
@@ -86,21 +89,30 @@ def live_parts(table: DeltaTable | None) -> list[LivePart]:
     """Files of the table's version, by name."""
     if table is None:
         return []
-    actions = pa.table(table.get_add_actions(flatten=True)).select(["path", "num_records", "size_bytes"])
-    parts = [LivePart(row["path"], row["num_records"] or 0, row["size_bytes"]) for row in actions.to_pylist()]
+    actions = pa.table(table.get_add_actions(flatten=True))
+    columns = [actions.column(name).to_pylist() for name in ("path", "num_records", "size_bytes")]
+    parts = [LivePart(name, num_rows or 0, num_bytes) for name, num_rows, num_bytes in zip(*columns, strict=True)]
     return sorted(parts, key=lambda part: part.name)
 
 
 def read_columns(
     uri: str, parts: Iterable[LivePart], columns: Sequence[str], storage_options: storage.StorageOptions
 ) -> Iterator[tuple[LivePart, pa.Table]]:
-    """Columns of each part, one part at a time; columns that an older part lacks are left out."""
+    """Columns of each part, one part at a time, in order; columns that an older part lacks are left out."""
     fs = storage.filesystem(uri, storage_options)
-    for part in parts:
+
+    def read(part: LivePart) -> pa.Table:
         with fs.open(f"{uri}/{part.name}", "rb") as file:
             parquet = pq.ParquetFile(file)
             present = [name for name in columns if name in parquet.schema_arrow.names]
-            yield part, parquet.read(columns=present)
+            return parquet.read(columns=present)
+
+    if storage.is_local(uri):
+        yield from ((part, read(part)) for part in parts)
+        return
+    parts = list(parts)
+    num_rows = max((part.num_rows for part in parts), default=0)
+    yield from storage.read_ahead(read, parts, min(_NUM_AHEAD, _MAX_ROWS_AHEAD // max(num_rows, 1) + 1))
 
 
 def set_live(

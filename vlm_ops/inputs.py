@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 _GLOB_CHARACTERS = "*?["
 _SNIFF_BYTES = 512
 _NOT_ALLOWED = "!"  # ends the version of an entry of such a scheme, so that it is new once it is allowed
-_NUM_REQUESTS = 32
+NUM_REQUESTS = 32
 _MANY_REQUESTS = 1000
 
 
@@ -106,7 +106,7 @@ class Listing:
         return sum(len(files) for files in self.files.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Found:
     uri: str
     size: int
@@ -186,12 +186,20 @@ def pack(files: Mapping[str, Sequence[FileRef]], files_per_shard: int = FILES_PE
 
 def _expand(pattern: str, config: InputConfig) -> Iterator[tuple[str, _Found, tuple[str, ...]]]:
     """(folder, file, its sidecars) for each file of a pattern."""
-    for uri in _alternatives(pattern, config):
-        with storage.named(uri):
-            yield from _expand_one(uri, config)
+    alternatives = _alternatives(pattern, config)
+    if len(alternatives) == 1:  # whatever is below it passes one by one
+        yield from _expand_one(alternatives[0], config)
+        return
+    for _, found in storage.read_ahead(lambda uri: list(_expand_one(uri, config)), alternatives, NUM_REQUESTS):
+        yield from found
 
 
 def _expand_one(uri: str, config: InputConfig) -> Iterator[tuple[str, _Found, tuple[str, ...]]]:
+    with storage.named(uri):
+        yield from _found_at(uri, config)
+
+
+def _found_at(uri: str, config: InputConfig) -> Iterator[tuple[str, _Found, tuple[str, ...]]]:
     fs = storage.filesystem(uri, config.storage_options)
     if fs.isdir(uri):
         infos = [info for info in fs.find(uri, detail=True).values() if not _is_hidden(fs, info["name"], uri)]
@@ -361,7 +369,7 @@ def in_present_version(files: Sequence[FileRef], storage_options: storage.Storag
     if len(asked) >= _MANY_REQUESTS:
         logger.info("asking for size and time of %d files", len(asked))
     present = list(files)
-    with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
         for i, file in zip(asked, pool.map(lambda i: _stated(files[i], storage_options), asked), strict=True):
             present[i] = file
     return present

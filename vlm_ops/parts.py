@@ -33,7 +33,7 @@ _ROWS_PER_GROUP = 128
 _NUM_EXAMPLES = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PartSummary:
     """What a part holds; what the commit and the run's report need to know of a shard.
 
@@ -243,7 +243,7 @@ def _failure_row(failure: Failure, shard: ShardRef) -> dict[str, Any]:
     row = {name: clean_text(value) if isinstance(value, str) else value for name, value in asdict(failure).items()}
     source: dict[str, Any] = {"uri": shard.uri, "format": shard.format}
     if file := next((file for file in shard.files if file.uri == failure.uri), None):
-        source["file"] = {name: value for name, value in asdict(file).items() if value}
+        source["file"] = file.to_dict()
     attempts = 1 + shard.attempts.get(row["uri"], 0)
     _, _, member = row["uri"].removeprefix(row["shard_uri"]).partition("#")
     return {

@@ -24,7 +24,7 @@ from schemas.samples import HARMLESS_REASONS, FileRef, Sample, ShardRef, clean_t
 from vlm_ops import storage
 from vlm_ops.contents import digest_of, sha256_of
 from vlm_ops.delta_tables import LivePart, read_columns
-from vlm_ops.inputs import Listing, allowed, in_present_version, pack
+from vlm_ops.inputs import NUM_REQUESTS, Listing, allowed, in_present_version, pack
 from vlm_ops.parts import PartSummary, has_failures_part, read_summary
 from vlm_ops.shards import ReadConfig, read_shard
 from vlm_ops.states import CatalogState, Gone
@@ -192,10 +192,15 @@ def with_refused_parts(config: PlanConfig, plan: Plan, refused: Sequence[RunMani
         made |= {
             parsed.shard_id: (name, manifest.run_id) for name in manifest.parts if (parsed := parse_part_name(name))
         }
-    shards, uncommitted = [], []
-    for shard in plan.shards:
+    if not made:
+        return plan
+
+    def read(shard: ShardRef) -> tuple[str, str, PartSummary | None]:
         name, run_id = made.get(shard.shard_id, ("", ""))
-        summary = read_summary(config.catalog, name, config.read.storage_options) if name else None
+        return name, run_id, read_summary(config.catalog, name, config.read.storage_options) if name else None
+
+    shards, uncommitted = [], []
+    for shard, (name, run_id, summary) in storage.read_ahead(read, plan.shards, NUM_REQUESTS):
         parsed = parse_part_name(name)
         if summary and parsed and parsed.recipe_id == config.recipe.recipe_id:
             if summary.num_failed_images:
@@ -229,7 +234,7 @@ def plan_retry(config: PlanConfig, state: CatalogState, allowed_schemes: Sequenc
                 formats[source["uri"]] = source["format"]
                 shards.setdefault(source["uri"], {})[row["uri"]] = row["attempts"]
                 continue
-            file = _file_of(source["file"])
+            file = FileRef.from_dict(source["file"])
             if file.error and storage.scheme_of(file.uri) in allowed_schemes:
                 file = allowed(file)
             files.setdefault(source["uri"], []).append(file)
@@ -358,14 +363,6 @@ def _attempts(config: PlanConfig, summary: PartSummary) -> dict[str, int]:
     columns = ["uri", "attempts"]
     ((_, rows),) = read_columns(config.catalog.failures, [part], columns, config.read.storage_options)
     return dict(zip(rows.column("uri").to_pylist(), rows.column("attempts").to_pylist(), strict=True))
-
-
-def _file_of(values: Mapping[str, Any]) -> FileRef:
-    """A reference as JSON kept it."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return FileRef(**fields)
 
 
 def _shard_now(uri: str, format_: str, config: PlanConfig) -> ShardRef | None:

@@ -242,14 +242,24 @@ def count_changes(
 ) -> Changes:
     """Images of one list of parts that the other has not, or has with other bytes or another recipe.
 
-    Memory: 32 bytes for each image of the parts that only one of them has.
+    Parts of shards that are just new, or just gone, are not read. Memory: 32 bytes for each image of the others that only
+    one list has.
     """
     kept = {part.name for part in before} & {part.name for part in after}
-    old = _Identities.read(catalog, [part for part in before if part.name not in kept], storage_options)
-    new = _Identities.read(catalog, [part for part in after if part.name not in kept], storage_options)
+    left = [part for part in before if part.name not in kept]
+    come = [part for part in after if part.name not in kept]
+    old = _Identities.read(catalog, _with_common_images(left, come), storage_options)
+    new = _Identities.read(catalog, _with_common_images(come, left), storage_options)
     in_both, in_old, in_new = np.intersect1d(old.ids, new.ids, assume_unique=True, return_indices=True)
     same = (old.contents[in_old] == new.contents[in_new]) & (old.recipes[in_old] == new.recipes[in_new])
-    return Changes(len(new.ids) - len(in_both), int((~same).sum()), len(old.ids) - len(in_both))
+    num_come, num_left = (sum(part.num_rows for part in parts) for parts in (come, left))
+    return Changes(num_come - len(in_both), int((~same).sum()), num_left - len(in_both))
+
+
+def _with_common_images(parts: Sequence[LivePart], others: Sequence[LivePart]) -> list[LivePart]:
+    """Parts that may have images in common with others: those of the same shard, and packs, as files move between packs."""
+    places, has_packs = {part.location_id for part in others}, any(part.is_packed for part in others)
+    return [part for part in parts if part.location_id in places or (part.is_packed and has_packs)]
 
 
 @dataclass(frozen=True)
@@ -299,27 +309,26 @@ def _merged(
     """The new parts, and what is left of the live ones."""
     names = {part.name for part in new}
     yield from new
-    for part in live:
-        if part.name in names or (not part.is_packed and part.location_id in replaced):
-            continue
-        yield from _without_rows(uri, part, unwanted, storage_options) if part.is_packed else [part]
-
-
-def _without_rows(
-    uri: str, part: LivePart, unwanted: pa.Array, storage_options: storage.StorageOptions
-) -> list[LivePart]:
-    """A packed part as it is, or a copy without the rows of some URIs; nothing where none are left."""
+    left = [part for part in live if part.name not in names and (part.is_packed or part.location_id not in replaced)]
     if not len(unwanted):
-        return [part]
-    ((_, uris),) = read_columns(uri, [part], ["uri"], storage_options)
-    if not pc.any(pc.is_in(uris.column("uri"), unwanted)).as_py():
-        return [part]
+        yield from left
+        return
+    packs = [part for part in left if part.is_packed]  # which come first, by their names
+    for part, rows in read_columns(uri, packs, ["uri"], storage_options):
+        if not pc.any(pc.is_in(rows.column("uri"), unwanted)).as_py():
+            yield part
+        elif (copy := _without_rows(uri, part, unwanted, storage_options)).num_rows:
+            yield copy
+    yield from (part for part in left if not part.is_packed)
+
+
+def _without_rows(uri: str, part: LivePart, unwanted: pa.Array, storage_options: storage.StorageOptions) -> LivePart:
+    """A copy of a packed part without the rows of some URIs."""
 
     def without(rows: pa.Table) -> pa.Table:
         return rows.filter(pc.invert(pc.is_in(rows.column("uri"), unwanted)))
 
-    copy = rewritten(uri, part, without, storage_options)
-    return [copy] if copy.num_rows else []
+    return rewritten(uri, part, without, storage_options)
 
 
 def check_state_is_there(

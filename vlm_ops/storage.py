@@ -14,14 +14,18 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
 StorageOptions = Mapping[str, Any]
+_Item = TypeVar("_Item")
+_Read = TypeVar("_Read")
 
 _S3, _GCS = ("s3", "s3a"), ("gs", "gcs")
 _TIMEOUT_SEC = 15  # without any byte
@@ -157,14 +161,34 @@ def open_for_reading(uri: str, storage_options: StorageOptions | None = None) ->
 
 
 @persistent
-def read_bytes(uri: str, storage_options: StorageOptions | None = None) -> bytes:
-    return filesystem(uri, storage_options).cat_file(uri)
+def read_bytes(
+    uri: str, storage_options: StorageOptions | None = None, start: int | None = None, end: int | None = None
+) -> bytes:
+    """A file, or its bytes from `start` to before `end`."""
+    return filesystem(uri, storage_options).cat_file(uri, start=start, end=end)
 
 
 def write_bytes(uri: str, data: bytes, storage_options: StorageOptions | None = None) -> None:
     """Writes a whole file at once: readers see the old content or the new."""
     with replacing(uri, storage_options) as path, open(path, "wb") as file:
         file.write(data)
+
+
+def read_ahead(read: Callable[[_Item], _Read], items: Iterable[_Item], num_ahead: int) -> Iterator[tuple[_Item, _Read]]:
+    """(item, what reading it gives) of each, in order. So many are read at a time, and wait: object storage is slow to answer,
+    and not slower to answer many."""
+    pending: deque[tuple[_Item, Future[_Read]]] = deque()
+    with ThreadPoolExecutor(num_ahead, "read") as pool:
+        try:
+            for item in items:
+                pending.append((item, pool.submit(read, item)))
+                if len(pending) > num_ahead:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            for first, future in pending:
+                yield first, future.result()
+        finally:  # also where somebody has read enough
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def names_in(uri: str, storage_options: StorageOptions | None = None) -> set[str]:

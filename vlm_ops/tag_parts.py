@@ -7,6 +7,7 @@ are taken over from the tags of the old one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.catalog import CatalogLayout, part_name
-from schemas.samples import digest
+from schemas.samples import digest, to_json
 from schemas.tags import TAGS, TagRecipe
 from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart
@@ -38,6 +39,14 @@ class TagWork:
     num_rows: int
     name: str
     earlier: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> TagWork:
+        values = json.loads(text)
+        return cls(**{**values, "earlier": tuple(values["earlier"])})
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from schemas.catalog import RUN_METRICS, CatalogLayout
 from schemas.samples import to_json
 from schemas.tags import TAGS, TagRecipe, TagRecord
 from vlm_ops import storage
-from vlm_ops.delta_tables import LivePart, read_columns, set_live
+from vlm_ops.delta_tables import LivePart, conflict, live_parts, open_table, read_columns, set_live
 from vlm_ops.near_duplicates import contradicted, hash_bytes
 from vlm_ops.parts import rewritten
 from vlm_ops.states import check_parts_are_there
-from vlm_ops.tag_parts import TagPlan, TagSummary
+from vlm_ops.tag_parts import TagSummary, plan_tags
 from vlm_ops.tag_states import TAG_RECORD, TagState, tag_state
 from vlm_ops.tagging import NEAR_DUPLICATE, review
 
@@ -34,6 +34,7 @@ class TagPublishConfig:
 
     Attributes:
         sequence: Of the state of the tags that the run was planned from.
+        revision: That of the plan.
         images_version: Version of the images table that was tagged.
         images_run_id: The run that committed it.
     """
@@ -41,10 +42,10 @@ class TagPublishConfig:
     catalog: str
     recipe: TagRecipe
     run_id: str
-    plan: TagPlan
     sequence: int
     images_version: int
     images_run_id: str
+    revision: str = ""
     storage_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -76,8 +77,12 @@ def _publish(
     catalog: CatalogLayout, config: TagPublishConfig, state: TagState, summaries: Sequence[TagSummary]
 ) -> TagRecord:
     options = config.storage_options
+    if state.sequence != config.sequence:
+        raise conflict(catalog.tags, f"{state.sequence - config.sequence} commits since this run began")
+    images = live_parts(open_table(catalog.images, options, config.images_version))
+    plan = plan_tags(images, state.parts, config.recipe, config.revision)  # once more: it is too large to be sent
     made = [summary.part for summary in sorted(summaries, key=lambda summary: summary.name)]
-    parts = with_true_contradictions(catalog, [*config.plan.kept, *made], config.plan.names, options)
+    parts = with_true_contradictions(catalog, [*plan.kept, *made], plan.names, options)
     check_parts_are_there(catalog.tags, parts, state.parts, options)
     record = TagRecord(
         run_id=config.run_id,
@@ -116,10 +121,13 @@ def with_true_contradictions(
     ids, tags, hashes = [], [], []
     told: list[list[str | None]] = []
     codes: dict[Any, int] = {}
-    for part, rows in read_columns(catalog.tags, parts, _COMPARED, storage_options):
+    images = [LivePart(images_of[part.name], part.num_rows, 0) for part in parts]
+    hashed = read_columns(catalog.images, images, ["image_id", "phash"], storage_options)
+    tagged = read_columns(catalog.tags, parts, _COMPARED, storage_options)
+    for (_, rows), (_, hashed_rows) in zip(tagged, hashed, strict=True):
         told.append([_near_duplicate(reasons) for reasons in rows["review_reasons"].to_pylist()])
         ids.append(rows["image_id"].to_numpy())
-        hashes.append(_hashes(catalog, images_of[part.name], ids[-1], storage_options))
+        hashes.append(_hashes(hashed_rows, ids[-1]))
         for categories, suitability in zip(
             rows["categories"].to_pylist(), rows["suitability"].to_pylist(), strict=True
         ):
@@ -142,11 +150,8 @@ def with_true_contradictions(
     return tuple(changed)
 
 
-def _hashes(
-    catalog: CatalogLayout, images_part: str, ids: np.ndarray, storage_options: storage.StorageOptions
-) -> np.ndarray:
+def _hashes(rows: pa.Table, ids: np.ndarray) -> np.ndarray:
     """uint8[n, 8]: perceptual hashes of some images of a part, in their order."""
-    ((_, rows),) = read_columns(catalog.images, [LivePart(images_part, 0, 0)], ["image_id", "phash"], storage_options)
     if "phash" not in rows.column_names:
         return hash_bytes([None] * len(ids))
     known = dict(zip(rows["image_id"].to_pylist(), rows["phash"].to_pylist(), strict=True))
