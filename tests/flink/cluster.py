@@ -58,7 +58,7 @@ heartbeat.interval: 1000
 heartbeat.timeout: 20000
 cluster.evenly-spread-out-slots: true
 restart-strategy.type: fixed-delay
-restart-strategy.fixed-delay.attempts: 5
+restart-strategy.fixed-delay.attempts: 3
 restart-strategy.fixed-delay.delay: 1s
 classloader.check-leaked-classloader: false
 """
@@ -197,7 +197,7 @@ class Command:
         env = {**worker_environment(), "JDK_JAVA_OPTIONS": " ".join(_QUICK)}  # of the job server that Beam starts
         self.process = network.start(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
 
-    def finish(self, code: int = 0, timeout_sec: float = 240) -> str:
+    def finish(self, code: int = 0, timeout_sec: float = 300) -> str:
         """What it printed, once it has ended with an exit code; what else it said is in `errors`."""
         try:
             printed, self.errors = self.process.communicate(timeout=timeout_sec)
@@ -229,7 +229,7 @@ def flink_cluster(folder: Path, num_task_managers: int, slots: int = 1) -> Itera
         cluster.stop()
 
 
-def wait_until(is_true: Callable[[], object], what: str, timeout_sec: float = 120, every_sec: float = 0.05) -> None:
+def wait_until(is_true: Callable[[], object], what: str, timeout_sec: float = 200, every_sec: float = 0.05) -> None:
     """Raises:
     TimeoutError: It did not become true.
     """
