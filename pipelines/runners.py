@@ -17,7 +17,7 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from pipelines.runner_checks.flink import check_job_server, check_master
+from pipelines.runner_checks.flink import EMBEDDED, check_job_server, check_master
 from vlm_ops import storage
 from vlm_ops.cores import usable_cores
 
@@ -119,7 +119,7 @@ def check_flags(command: str, options: RunningOptions, places: Sequence[tuple[st
 
 def _check_flink(options: PipelineOptions) -> None:
     portable = options.view_as(PortableOptions)
-    is_embedded = options.view_as(FlinkRunnerOptions).flink_master in ("[auto]", "[local]")
+    is_embedded = options.view_as(FlinkRunnerOptions).flink_master in EMBEDDED
     image = options.view_as(WorkerOptions).sdk_container_image or portable.environment_config
     if not is_embedded and portable.environment_type in (None, "DOCKER") and not image:
         raise ValueError(
