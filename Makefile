@@ -4,13 +4,17 @@ VENV ?= .venv
 # What builds the image: docker where its daemon answers, else podman.
 ENGINE ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo podman)
 
-.PHONY: demo test quality docs bench image image-test clean
+.PHONY: demo test test-runners quality docs bench image image-test clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/demo.py demo
 
 test: quality
 	$(VENV)/bin/pytest
+
+# A Flink cluster and Prism, built from packages where these can be had.
+test-runners: $(VENV)/.dev
+	$(VENV)/bin/pytest -m 'flink or prism'
 
 quality: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .

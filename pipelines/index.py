@@ -6,8 +6,9 @@ import sys
 
 import apache_beam as beam
 
+from pipelines.jobs import run_to_end
 from pipelines.options import IndexOptions
-from pipelines.runners import beam_options, run_to_end
+from pipelines.runners import beam_options
 from pipelines.transforms import PublishIndex
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage

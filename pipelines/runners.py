@@ -3,52 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import logging
-import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-import apache_beam as beam
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     FlinkRunnerOptions,
     GoogleCloudOptions,
     PipelineOptions,
     PortableOptions,
-    StandardOptions,
     WorkerOptions,
 )
-from apache_beam.runners.runner import PipelineState
 
+from pipelines.runner_checks.flink import check_job_server, check_master
 from vlm_ops import storage
 from vlm_ops.cores import usable_cores
 
 if TYPE_CHECKING:
-    from apache_beam.runners.runner import PipelineResult
-
     from pipelines.options import RunningOptions
-
-logger = logging.getLogger(__name__)
 
 # What a Dataflow worker with a GPU is, unless other flags say so: one L4 with 24 GB, and the cores to decode for it.
 _GPU_MACHINE = ("--machine_type=g2-standard-8",)
 _GPU = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
 _CPU_MACHINE = ("--machine_type=n2-standard-4",)
-
-_DATAFLOW_FAILURE = re.compile(r"Dataflow pipeline failed\. State: (\w+), Error:\n(.*)", re.DOTALL)
-# What to do where Google refuses a job, by HTTP status.
-_REFUSALS = {
-    400: "mend the flags",
-    401: "`gcloud auth application-default login` makes an account known",
-    403: "docs/dataflow.md lists what accounts must be allowed",
-    404: "check --project and --region, and that the Dataflow API is enabled",
-    409: "wait for the other job, or give another --job_name",
-}
 
 
 def beam_flags(command: str, options: RunningOptions) -> list[str]:
@@ -147,6 +126,14 @@ def _check_flink(options: PipelineOptions) -> None:
             "Flink's workers have no Beamsight; give --sdk_container_image=IMAGE, --environment_type=EXTERNAL with "
             "--environment_config=HOST:PORT of a worker pool, or --environment_type=PROCESS (docs/flink.md)"
         )
+    if portable.job_endpoint:  # what is to be seen from there is not seen from here
+        return
+    # Beam would try for more than a minute.
+    flink = options.view_as(FlinkRunnerOptions)
+    job_server, speaks = check_job_server(flink.flink_job_server_jar, flink.flink_version)
+    found = [job_server, *(() if is_embedded else check_master(flink.flink_master, speaks or flink.flink_version))]
+    if problem := next((each for each in found if each.status == "problem"), None):
+        raise ValueError(f"{problem.told}; {problem.remedy}")
 
 
 def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]]) -> None:
@@ -160,8 +147,8 @@ def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]])
         raise ValueError(
             "Dataflow's workers have no Beamsight; give --sdk_container_image=REGION-docker.pkg.dev/... (docs/dataflow.md)"
         )
-    cloud = options.view_as(GoogleCloudOptions)
     # What Beam would look up in the network, or miss only once the inputs are listed.
+    cloud = options.view_as(GoogleCloudOptions)
     for name, example in (("project", "PROJECT-ID"), ("region", "europe-west4"), ("temp_location", "gs://BUCKET/tmp")):
         if not getattr(cloud, name):
             raise ValueError(f"--{name} is missing; give one, such as --{name}={example}")
@@ -181,102 +168,6 @@ def check_seen_everywhere(flag: str, place: str) -> None:
         raise ValueError(
             f"Dataflow's workers cannot see {place!r} of this machine; give {flag} a place in a bucket, such as gs://BUCKET/..."
         )
-
-
-def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
-    """Runs a pipeline and waits. Beam's workers print the traceback of an error to stderr wherever it
-    passes; the error comes to the caller all the same, who says it once.
-
-    Returns:
-        What came of it; None where `--template_location` was given: the launcher of a Flex Template gives it, and submits what
-        is written there.
-
-    Raises:
-        ValueError: Google refused the job for what it is, or for who asks.
-        RuntimeError: The job failed, or somebody cancelled it.
-    """
-    _check_staging(pipeline.options)
-    cloud = pipeline.options.view_as(GoogleCloudOptions)
-    shown = sys.stderr if os.environ.get("BEAMSIGHT_DEBUG") else io.StringIO()
-    with contextlib.redirect_stderr(shown):
-        result = _submit(pipeline)
-        if cloud.template_location:
-            logger.info("the job was written to %s", cloud.template_location)
-            return None
-        page, job_id = "", getattr(result, "job_id", None)
-        if job_id:  # Dataflow's
-            page = f"https://console.cloud.google.com/dataflow/jobs/{cloud.region}/{job_id()}?project={cloud.project}"
-            logger.info("job %s: %s", cloud.job_name, page)
-        try:
-            state = result.wait_until_finish()
-        except KeyboardInterrupt:
-            _cancel(result)
-            raise
-        except Exception as error:
-            if failure := _DATAFLOW_FAILURE.fullmatch(str(error)):
-                raise RuntimeError(f"the job {_told(*failure.groups())}; {page}") from error
-            raise
-    if job_id and state != PipelineState.DONE:
-        raise RuntimeError(f"the job {_told(str(state), '')}; {page}")
-    return result
-
-
-def _submit(pipeline: beam.Pipeline) -> PipelineResult:
-    try:
-        return pipeline.run()
-    except Exception as error:
-        code = getattr(error, "code", None)
-        if type(error).__module__ != "google.api_core.exceptions" or code not in _REFUSALS:
-            raise
-        raise ValueError(f"the job was refused: {error.message} ({code}; {_REFUSALS[code]})") from error  # type: ignore[attr-defined]
-
-
-def _told(state: str, text: str) -> str:
-    """How a job ended, and its last error: the last line of a worker's traceback."""
-    lines = [re.sub(r"\s*\[while running .*\]$", "", line.strip()) for line in text.splitlines() if line.strip()]
-    if state != PipelineState.FAILED or not lines or lines == ["None"]:
-        return "was cancelled" if state == PipelineState.CANCELLED else f"ended in the state {state}"
-    return f"failed: {lines[-1] if 'Traceback' in text else lines[0]}"
-
-
-def _check_staging(options: PipelineOptions) -> None:
-    """Finds out whether the bucket of a Dataflow job can be written: Beam would try for ten minutes, in silence."""
-    if options.view_as(StandardOptions).runner != "DataflowRunner":
-        return
-    import google.auth
-    from apache_beam.io.gcp.gcsio import create_storage_client
-    from google.api_core.exceptions import ClientError
-    from google.auth.exceptions import GoogleAuthError
-
-    cloud = options.view_as(GoogleCloudOptions)
-    places = {flag: getattr(cloud, flag) or "" for flag in ("temp_location", "staging_location")}
-    for flag, place in places.items():
-        bucket, _, folder = place.removeprefix("gs://").partition("/")
-        if not place.startswith("gs://"):
-            continue
-        try:
-            if not cloud.no_auth:
-                google.auth.default()  # Beam would look for credentials for half a minute
-            client = create_storage_client(options, not cloud.no_auth)
-            # As Beam does; an upload that is begun and goes no further leaves nothing behind.
-            client.get_bucket(bucket).blob(f"{folder.rstrip('/')}/probe".lstrip("/")).create_resumable_upload_session()
-        except GoogleAuthError as error:
-            raise ValueError(
-                f"no Google account: {error}; `gcloud auth application-default login` makes one known"
-            ) from error
-        except ClientError as error:
-            raise ValueError(
-                f"--{flag}={place} cannot be written: {error.message} ({error.code}); name a bucket that is there, "
-                "where you may read the bucket and create objects (docs/dataflow.md)"
-            ) from error
-
-
-def _cancel(result: PipelineResult) -> None:
-    """Another machine's job goes on when the one that has submitted it does not, and keeps its slots."""
-    try:
-        result.cancel()
-    except Exception as error:  # of any runner; the interruption is what counts
-        logger.warning("the job could not be cancelled, and may go on: %s", error)
 
 
 def unknown_beam_args(beam_args: Sequence[str]) -> list[str]:

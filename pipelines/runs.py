@@ -13,9 +13,10 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
+from pipelines.jobs import run_to_end
 from pipelines.options import BuildOptions, RetryOptions, model_settings
 from pipelines.progress import Progress, watching
-from pipelines.runners import beam_options, run_to_end
+from pipelines.runners import beam_options
 from pipelines.transforms import EnrichShards, ListedWork, PublishRun
 from schemas.catalog import RUN_CONTENTS, RUN_REPORT, RUN_WORK, CatalogLayout
 from schemas.manifests import RunManifest

@@ -18,9 +18,10 @@ import apache_beam as beam
 import pyarrow as pa
 
 from pipelines.corpora import encode_corpus
+from pipelines.jobs import run_to_end
 from pipelines.options import ReadingOptions, TagOptions
 from pipelines.progress import watching
-from pipelines.runners import beam_options, run_to_end
+from pipelines.runners import beam_options
 from pipelines.transforms import ListedWork, PublishTags, TagParts
 from schemas.catalog import RUN_METRICS, RUN_REPORT, RUN_WORK, CatalogLayout
 from schemas.recipes import Recipe

@@ -14,7 +14,7 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics, MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipelines.runners import run_to_end
+from pipelines.jobs import run_to_end
 from vlm_ops.cores import usable_cores
 from vlm_ops.diagnosis import Finding, one_line
 

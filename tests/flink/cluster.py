@@ -9,8 +9,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -53,10 +55,10 @@ taskmanager.memory.network.min: 64m
 taskmanager.memory.network.max: 64m
 io.tmp.dirs: {folder}/tmp
 heartbeat.interval: 1000
-heartbeat.timeout: 8000
+heartbeat.timeout: 20000
 cluster.evenly-spread-out-slots: true
 restart-strategy.type: fixed-delay
-restart-strategy.fixed-delay.attempts: 3
+restart-strategy.fixed-delay.attempts: 5
 restart-strategy.fixed-delay.delay: 1s
 classloader.check-leaked-classloader: false
 """
@@ -83,14 +85,14 @@ class FlinkCluster:
         (folder / "tmp").mkdir()
         (folder / "config.yaml").write_text(_CONFIG.format(slots=slots, folder=folder))
         (folder / "log4j2.properties").write_text(_LOGGING)
-        self._processes: list[subprocess.Popen] = []
-        self._start(_JOB_MANAGER, "job_manager")
+        self._job_manager = self._start(_JOB_MANAGER, "job_manager")
+        self._task_managers: list[subprocess.Popen] = []
 
     # --- the cluster ---
 
-    def start_task_manager(self) -> subprocess.Popen:
+    def start_task_manager(self) -> None:
         """Starts one, and does not wait until it is there."""
-        return self._start(_TASK_MANAGER, f"task_manager{len(self._processes)}")
+        self._task_managers.append(self._start(_TASK_MANAGER, "task_manager"))
 
     def wait_for(self, num_task_managers: int) -> None:
         """Waits until there are so many."""
@@ -112,11 +114,6 @@ class FlinkCluster:
         jobs = self.ask("/jobs/overview")["jobs"]
         return sorted((job for job in jobs if job["state"] in states), key=lambda job: job["start-time"])
 
-    def cancel(self, job: dict[str, Any]) -> None:
-        """Cancels a job, and waits until it is."""
-        self.ask(f"/jobs/{job['jid']}?mode=cancel", "PATCH")
-        wait_until(lambda: self.ask(f"/jobs/{job['jid']}")["state"] == "CANCELED", "the job to be cancelled", 60)
-
     def task_managers(self) -> list[Process]:
         return self.network.processes(_TASK_MANAGER)
 
@@ -124,30 +121,52 @@ class FlinkCluster:
         """The Python workers."""
         return self.network.processes(_WORKER)
 
+    def stop_task_manager(self) -> None:
+        """Stops the oldest one as a person would."""
+        _stop(self._task_managers.pop(0))
+
     def stop(self) -> None:
-        """Stops all of it; what does not go by itself is an error."""
-        for process in reversed(self._processes):
-            process.send_signal(signal.SIGTERM)
-        for process in self._processes:
-            process.wait(30)
+        """Stops all of it.
+
+        Raises:
+            TimeoutError: Something is left running.
+        """
+        for process in [*self._task_managers, self._job_manager]:
+            _stop(process)
+        wait_until(lambda: not self.network.processes(), "nothing to be left running", 15)
 
     def _start(self, entry_point: str, name: str) -> subprocess.Popen:
-        home = self.folder / name
-        home.mkdir()
+        home = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder))
         command = [self._java, "-Xmx512m", *_QUICK, *_JAVA_OPTIONS, f"-Dlog4j.configurationFile={self.folder / 'log4j2.properties'}",
                    "-cp", f"{self._libraries}/*", entry_point, "--configDir", self.folder]  # fmt: skip
-        with open(self.folder / f"{name}.log", "w") as log:
-            # Its own folder: Beam's boot writes the options of a pipeline to the one that it is in.
-            process = self.network.start(command, cwd=home, stdout=log, stderr=log, env=worker_environment())
-        self._processes.append(process)
-        return process
+        with open(home / "log", "w") as log:
+            # A folder of its own: Beam's boot writes the options of a pipeline to the one that it is in.
+            return self.network.start(command, cwd=home, stdout=log, stderr=log, env=worker_environment())
 
     def _boot_script(self, boot: Path) -> Path:
         """Beam's boot where Python and packages are those of the tests. A folder a worker: it unpacks what is staged there."""
         script = self.folder / "boot"
-        script.write_text(f'#!/bin/sh\nexec {boot} --semi_persist_dir="$(mktemp -d)" "$@"\n')
+        (self.folder / "staged").mkdir()
+        script.write_text(
+            f'#!/bin/sh\nexec {boot} --semi_persist_dir="$(mktemp -d {self.folder}/staged/XXXXXX)" "$@"\n'
+        )
         script.chmod(0o755)
         return script
+
+    @contextlib.contextmanager
+    def worker_pool(self, **environment: object) -> Iterator[str]:
+        """Beam's own pool for EXTERNAL environments, which `IMAGE --worker_pool` starts in a container; yields its address."""
+        port = 50000
+        command = [sys.executable, "-m", "apache_beam.runners.worker.worker_pool_main", f"--service_port={port}",
+                   f"--container_executable={self.boot}"]  # fmt: skip
+        env = {**worker_environment(), **{name: str(value) for name, value in environment.items()}}
+        with open(self.folder / "pool.log", "w") as log:
+            pool = self.network.start(command, cwd=self.folder, stdout=log, stderr=log, env=env)
+        try:
+            wait_until(lambda: self.network.run(_accepts, port), "the worker pool", 60)
+            yield f"127.0.0.1:{port}"
+        finally:
+            _stop(pool)
 
     # --- commands ---
 
@@ -155,7 +174,7 @@ class FlinkCluster:
         """Flags that run a command on the cluster, its workers as processes of the TaskManagers; what is given goes to their environment."""
         process = {"command": str(self.boot), "env": {name: str(value) for name, value in environment.items()}}
         return [
-            "--runner=FlinkRunner", f"--flink_master={MASTER}", "--flink_version=1.19", f"--flink_job_server_jar={self.job_server}",
+            "--runner=flink", f"--flink_master={MASTER}", "--flink_version=1.19", f"--flink_job_server_jar={self.job_server}",
             f"--artifacts_dir={self.folder}/artifacts", "--parallelism=2",
             "--environment_type=PROCESS", f"--environment_config={json.dumps(process)}",
         ]  # fmt: skip
@@ -186,6 +205,10 @@ class Command:
         assert self.process.returncode == code, f"{self.process.returncode}\n{printed}\n{self.errors}"
         return printed
 
+    def interrupt(self) -> None:
+        """As Ctrl-C in a terminal does: the command, and whatever it has started."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
     def kill(self) -> None:
         """The command, and the job server that it has started."""
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -202,7 +225,6 @@ def flink_cluster(folder: Path, num_task_managers: int, slots: int = 1) -> Itera
         cluster.wait_for(num_task_managers)
         yield cluster
         cluster.stop()
-        wait_until(lambda: not network.processes(), f"nothing to be left running, but {network.processes()}", 15)
 
 
 def wait_until(is_true: Callable[[], object], what: str, timeout_sec: float = 120, every_sec: float = 0.05) -> None:
@@ -221,6 +243,16 @@ def worker_environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     single = dict.fromkeys(("OMP_NUM_THREADS", "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT", "PIP_NO_INDEX"), "1")
     return {**os.environ, **single, "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _ask(url: str, method: str) -> Any:

@@ -65,6 +65,14 @@ class Network:
             (each for each in found if all(word in each.command for word in words)), key=lambda each: each.pid
         )
 
+    def descendants(self, of: Process) -> list[Process]:
+        """What a process has started, and what these have."""
+        everyone = self.processes()
+        found = [of]
+        for each in found:
+            found += [child for child in everyone if child.parent == each.pid]
+        return found[1:]
+
     def _process(self, folder: Path) -> Process | None:
         try:
             if os.readlink(folder / "ns" / "net") != self._id:

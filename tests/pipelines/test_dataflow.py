@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from apache_beam.coders import StrUtf8Coder
 from apache_beam.internal import pickler
 from apache_beam.portability import common_urns, python_urns
 from apache_beam.portability.api import beam_runner_api_pb2
@@ -106,12 +105,6 @@ def functions_of(pipeline: beam_runner_api_pb2.Pipeline) -> dict[str, tuple[Any,
                 do_fn, arguments, *_ = pickler.loads(function.payload)
                 found[transform.unique_name] = do_fn, arguments
     return found
-
-
-def created(do_fn: Any) -> list[str]:
-    """What `Create` makes: encoded, in the closure of its function."""
-    (elements,) = (cell.cell_contents for cell in do_fn.process.__closure__)
-    return [StrUtf8Coder().decode(element) for element in elements]
 
 
 def planned(job: Any, store: Store) -> list[ShardRef]:
@@ -276,7 +269,9 @@ def test_workers(
 # --- the life of a job ---------------------------------------------------------------------------
 
 
-def test_a_job_that_fails_says_why(service: Any, store: Store, capsys: pytest.CaptureFixture) -> None:
+def test_a_job_that_fails_says_why(
+    service: Any, store: Store, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
     def work(service: Any) -> None:
         service.say("BASIC", "Worker pool started.")
         service.say(
@@ -289,7 +284,8 @@ def test_a_job_that_fails_says_why(service: Any, store: Store, capsys: pytest.Ca
     assert build(service, catalog(store, "failed")) == 1
     message = capsys.readouterr().err
     assert "ValueError: the weights are damaged" in message
-    assert f"console.cloud.google.com/dataflow/jobs/europe-west4/{service.jobs[0].id}?project=my-project" in message
+    page = f"console.cloud.google.com/dataflow/jobs/europe-west4/{service.jobs[0].id}?project=my-project"
+    assert page in caplog.text  # a person may look while it runs
     assert "run the same command again" in message and "Traceback" not in message
 
 
