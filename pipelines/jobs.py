@@ -16,7 +16,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
 from apache_beam.runners.runner import PipelineState
 
-from pipelines.dataflow_jobs import check_staging, page_of, told_in_one_line
+from pipelines.dataflow_jobs import check_staging, page_of, seen, told_in_one_line
 
 if TYPE_CHECKING:
     from apache_beam.runners.portability.job_server import JobServer
@@ -37,6 +37,7 @@ def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
     Raises:
         ValueError: Dataflow refused the job for what it is, or for who asks.
         RuntimeError: The job failed, or somebody cancelled it.
+        LostJobError: What became of a job on Dataflow is not known.
     """
     options = pipeline.options
     is_dataflow = options.view_as(StandardOptions).runner == "DataflowRunner"
@@ -52,7 +53,8 @@ def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
         if is_dataflow:
             logger.info("the job's page is %s", page_of(result, options))
         try:
-            state = result.wait_until_finish()
+            with seen() if is_dataflow else contextlib.nullcontext():
+                state = result.wait_until_finish()
         except KeyboardInterrupt:
             _cancel(result)
             raise

@@ -158,6 +158,12 @@ def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]])
         raise ValueError(
             f"--job_name={cloud.job_name}: must be of a-z, 0-9 and -, begin with a letter and not end with -"
         )
+    from pipelines.runner_checks.dataflow import judge_accelerator, judge_region  # which knows this module
+
+    machine = options.view_as(WorkerOptions).machine_type
+    for each in (judge_region(cloud.region), judge_accelerator(cloud.dataflow_service_options or (), machine)):
+        if each.status == "problem":
+            raise ValueError(f"{each.told}; {each.remedy}")
 
 
 def check_seen_everywhere(flag: str, place: str) -> None:
