@@ -135,9 +135,10 @@ def test_flink_starts_it_for_its_workers(
     # What Flink calls `docker`. Beam mounts nothing into a container; with folders of this machine for buckets, this does.
     programs = tmp_path / "programs"
     programs.mkdir()
-    run = engine.command("", flags=[mount(shared)], network="host")[1:-1]
+    _, _, *flags, _ = engine.command(image, flags=[mount(shared)])
+    more = shlex.join(flag for flag in flags if flag != "--rm" and not flag.startswith("--network"))
     (programs / "docker").write_text(
-        f'#!/bin/sh\n[ "$1" != run ] || {{ shift; set -- {shlex.join(run)} "$@"; }}\nexec {engine.name} "$@"\n'
+        f'#!/bin/sh\n[ "$1" != run ] || {{ shift; set -- run {more} "$@"; }}\nexec {engine.name} "$@"\n'
     )
     (programs / "docker").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
