@@ -22,6 +22,7 @@ from apache_beam.options.pipeline_options import (
     PortableOptions,
     WorkerOptions,
 )
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
 
 from vlm_ops import storage
 from vlm_ops.cores import usable_cores
@@ -37,6 +38,11 @@ logger = logging.getLogger(__name__)
 _GPU_MACHINE = ("--machine_type=g2-standard-8",)
 _GPU = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
 _CPU_MACHINE = ("--machine_type=n2-standard-4",)
+
+# Beam's local runner with threads sends what a bundle has written so far once a second: from another thread, and without a
+# lock (2.77, TimeBasedBufferingClosableOutputStream), so that an element now and then is cut in two, or lost. By 0 it sends
+# whole elements alone, once there are enough of them, or all.
+worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
 
 
 def beam_flags(command: str, options: RunningOptions) -> list[str]:

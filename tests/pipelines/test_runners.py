@@ -16,6 +16,8 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
     WorkerOptions,
 )
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
+from apache_beam.runners.worker import data_plane
 
 from pipelines.cli import main
 from pipelines.options import RunningOptions, parse_build
@@ -164,3 +166,25 @@ def test_an_interrupted_wait_cancels_the_job_which_would_go_on() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_to_end(beam.Pipeline(runner=Runner()))
     assert result.is_cancelled
+
+
+def test_the_local_runner_sends_nothing_while_an_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would once a second, from another thread, and cut the element in two or lose it."""
+    by_time = []
+    usual = data_plane.TimeBasedBufferingClosableOutputStream.__init__
+    monkeypatch.setattr(
+        data_plane.TimeBasedBufferingClosableOutputStream,
+        "__init__",
+        lambda self, *args, **kwargs: by_time.append(self) or usual(self, *args, **kwargs),
+    )
+
+    def run() -> None:
+        pipeline = beam.Pipeline(options=beam_options("build", running("local")))
+        _ = pipeline | beam.Create(range(9)) | beam.Reshuffle()
+        run_to_end(pipeline)
+
+    run()
+    assert not by_time
+    monkeypatch.setattr(worker_handlers, "DATA_BUFFER_TIME_LIMIT_MS", 1000)  # as Beam has it
+    run()
+    assert by_time
