@@ -1,14 +1,20 @@
 # `make demo` sets everything up and runs the main job; `make test` passes the tests.
 PYTHON ?= python3
 VENV ?= .venv
+# What builds the image: docker where its daemon answers, else podman.
+ENGINE ?= $(shell docker info >/dev/null 2>&1 && echo docker || echo podman)
 
-.PHONY: demo test quality docs bench clean
+.PHONY: demo test test-runners quality docs bench image image-test clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python examples/demo.py demo
 
 test: quality
 	$(VENV)/bin/pytest
+
+# A Flink cluster and Prism, built from packages where these can be had.
+test-runners: $(VENV)/.dev
+	$(VENV)/bin/pytest -m 'flink or prism'
 
 quality: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -24,6 +30,12 @@ bench: $(VENV)/.dev
 	$(VENV)/bin/python benchmarks/bench_models.py
 	$(VENV)/bin/python benchmarks/bench_search.py
 	$(VENV)/bin/python benchmarks/bench_quality.py
+
+image:
+	$(ENGINE) build --tag beamsight --build-arg REVISION=$$(git rev-parse HEAD) .
+
+image-test: $(VENV)/.dev
+	$(VENV)/bin/pytest -m container
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

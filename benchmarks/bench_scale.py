@@ -57,7 +57,7 @@ from apache_beam.utils.shared import Shared
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from PIL import Image
 
-from pipelines.runners import run_to_end
+from pipelines.jobs import run_to_end
 from pipelines.transforms import EnrichShards, ListedWork, PublishRun
 from schemas.catalog import CatalogLayout
 from schemas.recipes import Recipe

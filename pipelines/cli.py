@@ -92,14 +92,15 @@ def entry_point() -> None:
 
 def _message(error: BaseException, is_whole: bool = False) -> str:
     """What went wrong: its first line, or all of them where each says something of its own. Beam wraps a worker's error
-    into its traceback, whose last line says it."""
+    into its traceback, whose last line says it, and a remote runner that into a line of its own."""
     # Delta tells causes on lines of their own, in colours, each below an arrow.
-    text = re.sub(r"\s*\[while running [^\n]*\]\s*$", "", re.sub(r"\x1b\[[0-9;]*m", "", str(error)))
+    text = re.sub(r"\s*\[while running [^\n\]]*\](?=[\"']?\s*$)", "", re.sub(r"\x1b\[[0-9;]*m", "", str(error)))
     text = re.sub(r"\s*\n\s*↳\s*", ": ", text)
+    text = re.sub(r"^Pipeline \S+ failed in state [A-Z]+: ", "", text)
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    if lines[0].startswith("Traceback"):
+    if lines[0].endswith("Traceback (most recent call last):"):
         return lines[-1].removeprefix("RuntimeError: ")
     return "\n".join(lines) if is_whole else lines[0]
 
@@ -121,8 +122,11 @@ def _set_up_logging() -> None:
     # Beam complains here about Google packages that a local run does not need.
     logging.getLogger("root").addFilter(lambda record: "apitools" not in record.getMessage())
     # And repeats a worker's traceback at every stage; the message at the end says it once.
-    quiet = logging.ERROR if os.environ.get("BEAMSIGHT_DEBUG") else logging.CRITICAL
-    logging.getLogger("apache_beam").setLevel(quiet)
+    is_debug = bool(os.environ.get("BEAMSIGHT_DEBUG"))
+    logging.getLogger("apache_beam").setLevel(logging.ERROR if is_debug else logging.CRITICAL + 1)
+    # The root's logger serves these two for a remote job's messages, and while its job server starts.
+    loud = () if is_debug else ("portable_runner", "subprocess_server")
+    logging.getLogger("root").addFilter(lambda record: record.module not in loud)
 
 
 def _help() -> str:

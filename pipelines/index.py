@@ -6,8 +6,9 @@ import sys
 
 import apache_beam as beam
 
+from pipelines.jobs import run_to_end
 from pipelines.options import IndexOptions
-from pipelines.runners import beam_options, run_to_end
+from pipelines.runners import beam_options
 from pipelines.transforms import PublishIndex
 from schemas.catalog import CatalogLayout
 from vlm_ops import storage
@@ -30,7 +31,8 @@ def run(options: IndexOptions) -> int:
     run_id = new_run_id()
     pipeline = beam.Pipeline(options=beam_options("index", options))
     _ = pipeline | beam.Create([run_id]) | PublishIndex(catalog.root, options.storage_options)
-    run_to_end(pipeline)
+    if run_to_end(pipeline) is None:
+        return 0
     manifest = read_index_manifest(catalog, run_id, options.storage_options)
     print(
         f"index      {catalog.indexes}/{run_id}: {manifest.ntotal} vectors of {manifest.d} dimensions, {manifest.factory}"

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import logging
-import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-import apache_beam as beam
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     FlinkRunnerOptions,
@@ -24,15 +18,12 @@ from apache_beam.options.pipeline_options import (
 )
 from apache_beam.runners.portability.fn_api_runner import worker_handlers
 
+from pipelines.runner_checks.flink import check_job_server, check_master
 from vlm_ops import storage
 from vlm_ops.cores import usable_cores
 
 if TYPE_CHECKING:
-    from apache_beam.runners.runner import PipelineResult
-
     from pipelines.options import RunningOptions
-
-logger = logging.getLogger(__name__)
 
 # What a Dataflow worker with a GPU is, unless other flags say so: one L4 with 24 GB, and the cores to decode for it.
 _GPU_MACHINE = ("--machine_type=g2-standard-8",)
@@ -141,6 +132,14 @@ def _check_flink(options: PipelineOptions) -> None:
             "Flink's workers have no Beamsight; give --sdk_container_image=IMAGE, --environment_type=EXTERNAL with "
             "--environment_config=HOST:PORT of a worker pool, or --environment_type=PROCESS (docs/flink.md)"
         )
+    if portable.job_endpoint:  # what is to be seen from there is not seen from here
+        return
+    # Beam would try for more than a minute.
+    flink = options.view_as(FlinkRunnerOptions)
+    job_server, speaks = check_job_server(flink.flink_job_server_jar, flink.flink_version)
+    found = [job_server, *(() if is_embedded else check_master(flink.flink_master, speaks or flink.flink_version))]
+    if problem := next((each for each in found if each.status == "problem"), None):
+        raise ValueError(f"{problem.told}; {problem.remedy}")
 
 
 def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]]) -> None:
@@ -175,28 +174,6 @@ def check_seen_everywhere(flag: str, place: str) -> None:
         raise ValueError(
             f"Dataflow's workers cannot see {place!r} of this machine; give {flag} a place in a bucket, such as gs://BUCKET/..."
         )
-
-
-def run_to_end(pipeline: beam.Pipeline) -> PipelineResult:
-    """Runs a pipeline and waits. Beam's workers print the traceback of an error to stderr wherever it
-    passes; the error comes to the caller all the same, who says it once."""
-    shown = sys.stderr if os.environ.get("BEAMSIGHT_DEBUG") else io.StringIO()
-    with contextlib.redirect_stderr(shown):
-        result = pipeline.run()
-        try:
-            result.wait_until_finish()
-        except KeyboardInterrupt:
-            _cancel(result)
-            raise
-        return result
-
-
-def _cancel(result: PipelineResult) -> None:
-    """Another machine's job goes on when the one that has submitted it does not, and keeps its slots."""
-    try:
-        result.cancel()
-    except Exception as error:  # of any runner; the interruption is what counts
-        logger.warning("the job could not be cancelled, and may go on: %s", error)
 
 
 def unknown_beam_args(beam_args: Sequence[str]) -> list[str]:

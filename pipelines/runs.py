@@ -13,9 +13,10 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
+from pipelines.jobs import run_to_end
 from pipelines.options import BuildOptions, RetryOptions, model_settings
 from pipelines.progress import Progress, watching
-from pipelines.runners import beam_options, run_to_end
+from pipelines.runners import beam_options
 from pipelines.transforms import EnrichShards, ListedWork, PublishRun
 from schemas.catalog import RUN_CONTENTS, RUN_REPORT, RUN_WORK, CatalogLayout
 from schemas.manifests import RunManifest
@@ -89,19 +90,22 @@ def execute(run: Run, state: CatalogState) -> int:
         max_failure_rate=run.max_failure_rate,
         storage_options=options,
     )
-    pipeline = beam.Pipeline(options=beam_options(run.action, how))
-    shards = pipeline | "Shards" >> ListedWork(work, ShardRef.from_json, options)
     enricher = Shared()
-    _ = shards | "Enrich" >> EnrichShards(enrich, enricher) | "Publish" >> PublishRun(publish)
+    is_running_on = False
     try:
+        pipeline = beam.Pipeline(options=beam_options(run.action, how))
+        shards = pipeline | "Shards" >> ListedWork(work, ShardRef.from_json, options)
+        _ = shards | "Enrich" >> EnrichShards(enrich, enricher) | "Publish" >> PublishRun(publish)
         # A model that cannot be loaded is a mistake of the command, and known before any work where that is done here.
         _loaded = enricher.acquire(lambda: Enricher(enrich)) if how.runner == "local" and run.plan.shards else None
         with _progress(run, run_id):
-            run_to_end(pipeline)
+            is_running_on = run_to_end(pipeline) is None
     finally:
         for uri in (known, work.uri):
-            if uri:
+            if uri and not is_running_on:
                 storage.remove(uri, options)
+    if is_running_on:
+        return EXIT_OK
     manifest = read_manifest(run.catalog, run_id, options)
     write_run_report(run.catalog, manifest, options)
     if manifest.status == "refused":

@@ -18,9 +18,10 @@ import apache_beam as beam
 import pyarrow as pa
 
 from pipelines.corpora import encode_corpus
+from pipelines.jobs import run_to_end
 from pipelines.options import ReadingOptions, TagOptions
 from pipelines.progress import watching
-from pipelines.runners import beam_options, run_to_end
+from pipelines.runners import beam_options
 from pipelines.transforms import ListedWork, PublishTags, TagParts
 from schemas.catalog import RUN_METRICS, RUN_REPORT, RUN_WORK, CatalogLayout
 from schemas.recipes import Recipe
@@ -96,11 +97,15 @@ def run(options: TagOptions) -> int:
     work = pipeline | "Parts" >> ListedWork(listed, TagWork.from_json, storage_options)
     _ = work | "Tag" >> TagParts(config) | "Publish" >> PublishTags(publish)
     amounts = {each.name: each.num_rows for each in plan.work}
+    is_running_on = False
     try:
         with watching("tag", amounts, lambda: storage.names_in(catalog.tags, storage_options)):
-            run_to_end(pipeline)
+            is_running_on = run_to_end(pipeline) is None
     finally:
-        storage.remove(listed.uri, storage_options)
+        if not is_running_on:
+            storage.remove(listed.uri, storage_options)
+    if is_running_on:
+        return 0
     wall_sec = time.perf_counter() - started
     print(_summary(catalog, config, state.images, wall_sec))
     return 0

@@ -98,7 +98,7 @@ class EnrichShardDoFn(beam.DoFn):
         progress.report_finished(run_id, element, summary.num_images)
         self.images.inc(summary.num_images)
         self.failed_images.inc(summary.num_failed_images)
-        self.shards_reused.inc(int(summary.is_reused))
+        self.shards_reused.inc(int(summary.run_id != run_id))
         yield summary
 
 

@@ -3,6 +3,7 @@
 moto_store(bucket)     S3, in this process
 minio_store(bucket)    S3, the real server, built from its Go module
 gcs_store(bucket)      Google Cloud Storage: fake-gcs-server, built from its Go module
+fake_gcs_store(bucket) Google Cloud Storage: tests/buckets.py, in memory; needs nothing
 Proxy(host, port)      stands before any of them and injects faults
 """
 
@@ -92,13 +93,22 @@ def gcs_store(bucket: str, folder: Path) -> Iterator[Store]:
         Proxy(("127.0.0.1", port), "xml") as proxy,
     ):
         store = Store(f"gs://{bucket}", {"token": "anon", "endpoint_url": proxy.url})
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/storage/v1/b?project=test",
-            json.dumps({"name": bucket}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        urllib.request.urlopen(request).close()
+        _make_gcs_bucket(bucket, f"http://127.0.0.1:{port}")
         yield store
+
+
+@contextlib.contextmanager
+def fake_gcs_store(bucket: str) -> Iterator[tuple[Store, Proxy]]:
+    """A Google Cloud Storage server in memory, a bucket on it, and the proxy that makes it fail."""
+    with Proxy(("in memory", 0), "buckets") as proxy:
+        _make_gcs_bucket(bucket, proxy.url)
+        yield Store(f"gs://{bucket}", {"token": "anon", "endpoint_url": proxy.url}), proxy
+
+
+def _make_gcs_bucket(bucket: str, url: str) -> None:
+    body = json.dumps({"name": bucket}).encode()
+    request = urllib.request.Request(f"{url}/storage/v1/b?project=test", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request).close()
 
 
 def _with_s3_bucket(bucket: str, url: str, key: str, secret: str) -> Store:
@@ -270,7 +280,12 @@ def _serve(host: str, port: str, own_port: str, api: str) -> None:
     """The process of a Proxy: says its port, and then answers each line of input."""
     server = _ProxyServer(("127.0.0.1", int(own_port)), _Handler)
     server.upstream = (host, int(port))
-    server.respond = (lambda request: translate_xml_api(request, server.forward)) if api == "xml" else server.forward
+    if api == "buckets":
+        from tests.buckets import Buckets  # which knows this module
+
+        server.forward = Buckets().respond  # type: ignore[method-assign]
+    is_google = api in ("xml", "buckets")
+    server.respond = (lambda request: translate_xml_api(request, server.forward)) if is_google else server.forward
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_address[1], flush=True)
     for line in sys.stdin:

@@ -13,12 +13,15 @@ ALLOWED = {"schemas": {"schemas"}, "vlm_ops": {"schemas", "vlm_ops"}, "pipelines
 SHARED = {
     "pipelines.cli",
     "pipelines.corpora",
+    "pipelines.dataflow_jobs",
+    "pipelines.jobs",
     "pipelines.matching",
     "pipelines.options",
     "pipelines.progress",
     "pipelines.query_images",
-    "pipelines.runs",
+    "pipelines.runner_checks",
     "pipelines.runners",
+    "pipelines.runs",
     "pipelines.transforms",
     "pipelines",
 }

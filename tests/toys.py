@@ -1,4 +1,4 @@
-"""A toy model family and a toy op, named by import path: `python:tests.toys` and `tests.toys:BrightnessOp`.
+"""A toy model family and toy ops, named by import path: `python:tests.toys`, `tests.toys:BrightnessOp` and `tests.toys:JournalOp`.
 
 The model is deterministic by content: its "features" are mean colours. It fails on any batch that
 holds a purely magenta picture, as a real model may fail on a poisonous image.
@@ -132,3 +132,24 @@ class BrightnessOp:
 
     def __call__(self, batch: ImageBatch) -> dict[str, pa.Array]:
         return {"brightness": pa.array(batch.pixels[THUMBNAIL].mean(axis=(1, 2, 3)) / 255, pa.float32())}
+
+
+class JournalOp:
+    """Fills no column, and tells what is computed where: a line when it is loaded, and one for each image, in the file
+    that the environment names. Lines of a few bytes are appended whole, whichever process writes them."""
+
+    name = "tests.toys:JournalOp"
+    capability = None
+    columns = ()
+    preprocessing = THUMBNAIL
+
+    def __init__(self, model: object = None) -> None:
+        self._write(["load"])
+
+    def __call__(self, batch: ImageBatch) -> dict[str, pa.Array]:
+        self._write([sample.uri for sample in batch.samples])
+        return {}
+
+    def _write(self, events: Sequence[str]) -> None:
+        with open(os.environ["BEAMSIGHT_JOURNAL"], "a") as journal:
+            journal.write("".join(f"{os.getpid()} {event}\n" for event in events))

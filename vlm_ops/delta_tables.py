@@ -163,7 +163,7 @@ def _set_live(
         table = _create(uri, schema, storage_options)
     live = live_parts(table)
     names, live_names = {part.name for part in parts}, {part.name for part in live}
-    if names == live_names and _has_committed(table, run_id):
+    if names == live_names and has_committed(table, run_id):
         return _version_of(table, run_id)
     sequence = sequence_of(table)
     if expected is not None and sequence != expected:
@@ -186,7 +186,7 @@ def _set_live(
         table.create_write_transaction(actions, "append", table.schema(), commit_properties=properties)
     except CommitFailedError:
         table.update_incremental()
-        if not _has_committed(table, run_id):  # else it is this very commit that it met
+        if not has_committed(table, run_id):  # else it is this very commit that it met
             raise
     return _version_of(table, run_id)
 
@@ -226,7 +226,8 @@ def sequence_of(table: DeltaTable | None) -> int:
     return (table.transaction_version(_APPLICATION) or 0) if table else 0
 
 
-def _has_committed(table: DeltaTable, run_id: str) -> bool:
+def has_committed(table: DeltaTable, run_id: str) -> bool:
+    """Whether one of the table's commits is a run's."""
     return table.transaction_version(run_id) is not None
 
 

@@ -150,7 +150,8 @@ class Enricher:
     def enrich(
         self, shard: ShardRef, advance: Callable[[int, int], None] = lambda images, num_bytes: None
     ) -> PartSummary:
-        """Computes a shard and writes its part; or finds the part that an earlier run has written.
+        """Computes a shard and writes its part; or finds the part that is there: an earlier run has written it, or this one
+        before the runner handed the shard out again.
 
         Args:
             advance: Called with (images, encoded bytes) after each batch.
@@ -160,7 +161,7 @@ class Enricher:
         name = shard.part_name(config.recipe.recipe_id)
         if found := read_summary(catalog, name, options):
             if has_failures_part(catalog, found, options):
-                return replace(found, is_reused=True)
+                return found
             storage.remove(f"{catalog.images}/{name}", options)  # half of it is gone, so it is computed again
         stage_sec: dict[str, float] = {}
         with (

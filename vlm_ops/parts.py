@@ -13,8 +13,8 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +26,7 @@ from vlm_ops import storage
 from vlm_ops.delta_tables import LivePart
 
 _SUMMARY = b"beamsight.part"
+_Summary = TypeVar("_Summary", bound=Any)
 # Small, so that a single row is cheap to copy: reading a group takes 1.6 ms, where 1024 rows take 22; the file
 # grows by 0.8 %, reading it whole takes a tenth longer.
 _ROWS_PER_GROUP = 128
@@ -50,7 +51,7 @@ class PartSummary:
         examples: Its first failures, as text.
         num_copied: Rows copied from an image with the same bytes, and not computed.
         content_digest: Of the samples that were read, as `contents.digest_of` makes it.
-        is_reused: Whether an earlier run had made it.
+        run_id: The run that made it; empty where an old part does not say.
     """
 
     name: str
@@ -66,7 +67,7 @@ class PartSummary:
     examples: tuple[str, ...] = ()
     num_copied: int = 0
     content_digest: str = ""
-    is_reused: bool = False
+    run_id: str = ""
 
     @property
     def images(self) -> LivePart:
@@ -158,24 +159,32 @@ def writing_part(
             examples=tuple(_as_text(failure) for failure in writer.failures[:_NUM_EXAMPLES]),
             num_copied=writer.num_copied,
             content_digest=writer.content_digest,
+            run_id=run_id,
         )
         store_summary(parquet, summary)
 
 
 def read_summary(catalog: CatalogLayout, name: str, storage_options: storage.StorageOptions) -> PartSummary | None:
     """Summary of a part, or None where there is no such part."""
-    stored = stored_summary(f"{catalog.images}/{name}", storage_options)
-    return PartSummary(**stored) if stored else None
+    return stored_summary(PartSummary, f"{catalog.images}/{name}", storage_options)
 
 
-def stored_summary(uri: str, storage_options: storage.StorageOptions) -> dict[str, Any] | None:
-    """What a part of any table says of itself in its footer, and its size; None where there is no such part."""
+def stored_summary(kind: type[_Summary], uri: str, storage_options: storage.StorageOptions) -> _Summary | None:
+    """What a part of any table says of itself in its footer, and its size; None where there is no such part.
+
+    Args:
+        kind: The dataclass that was put there; what an older version said besides is left out.
+    """
     fs = storage.filesystem(uri, storage_options)
     if not fs.exists(uri):
         return None
     with fs.open(uri, "rb") as file:
         stored = (pq.read_metadata(file).metadata or {}).get(_SUMMARY)
-    return None if stored is None else {**json.loads(stored), "num_bytes": fs.size(uri)}
+    if stored is None:
+        return None
+    names = {each.name for each in fields(kind)}
+    values = {name: value for name, value in json.loads(stored).items() if name in names}
+    return kind(**{**values, "num_bytes": fs.size(uri)})
 
 
 def store_summary(parquet: pq.ParquetWriter, summary: Any) -> None:

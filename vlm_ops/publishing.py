@@ -17,7 +17,7 @@ from schemas.samples import SHARD_DAMAGE, to_json
 from vlm_ops import storage
 from vlm_ops.delta_tables import conflict
 from vlm_ops.duplicates import with_true_firsts
-from vlm_ops.faiss_index import build_index
+from vlm_ops.faiss_index import build_index, read_index_manifest
 from vlm_ops.ops import schema_of
 from vlm_ops.parts import PartSummary
 from vlm_ops.states import (
@@ -28,10 +28,10 @@ from vlm_ops.states import (
     check_state_is_there,
     commit_parts,
     count_changes,
-    current_state,
     existing_state,
     new_record,
     parts_after,
+    state_before,
 )
 
 logger = logging.getLogger(__name__)
@@ -80,13 +80,14 @@ def failure_rate(summaries: Sequence[PartSummary], num_lost: int = 0) -> float:
 
 def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunManifest:
     """Makes the index of what the catalog is going to hold, commits both at once, and writes the run's
-    manifest; or publishes nothing, where too many images failed.
+    manifest; or publishes nothing, where too many images failed. Doing it twice does nothing more: a runner tries again
+    what it has not heard the end of.
 
     Raises:
         CommitConflictError: Another run committed at the same time.
     """
     catalog = CatalogLayout(config.catalog)
-    state = current_state(catalog, config.storage_options)
+    state, commit = state_before(catalog, config.run_id, config.storage_options)
     summaries = sorted(summaries, key=lambda summary: summary.name)
     num_fewer = _num_fewer(summaries, state)
     if config.action == "retry":  # takes no image away
@@ -95,8 +96,9 @@ def publish_run(config: PublishConfig, summaries: Sequence[PartSummary]) -> RunM
     damaged = [summary for summary in summaries if not SHARD_DAMAGE.isdisjoint(summary.num_failures)]
     num_lost = sum(num_fewer[summary.name] for summary in damaged)
     rate = failure_rate(summaries, num_lost)
-    refused = config.max_failure_rate is not None and rate > config.max_failure_rate
-    commit = None if refused else _publish(catalog, config, state, summaries)
+    is_refused = config.max_failure_rate is not None and rate > config.max_failure_rate
+    if commit is None and not is_refused:
+        commit = _publish(catalog, config, state, summaries)
     manifest = _manifest(config, summaries, rate, num_lost, commit)
     metrics = {
         "status": manifest.status,
@@ -132,6 +134,8 @@ def publish_index(catalog: CatalogLayout, run_id: str, storage_options: storage.
     """
     state = existing_state(catalog, storage_options)
     assert state.record is not None
+    if state.record.run_id == run_id:  # a runner tries again what has been done
+        return read_index_manifest(catalog, run_id, storage_options)
     encoder = state.record.recipe.encoder
     manifest = encoder and build_index(catalog, run_id, state.images, encoder, storage_options)
     if not manifest:
@@ -166,8 +170,6 @@ def _publish(
     catalog: CatalogLayout, config: PublishConfig, state: CatalogState, summaries: Sequence[PartSummary]
 ) -> Commit:
     options = config.storage_options
-    if state.commit and state.commit.record.run_id == config.run_id:  # a runner tried again what had been done
-        return state.commit
     if state.sequence != config.sequence:
         raise conflict(catalog.images, f"{state.sequence - config.sequence} commits since this run began")
     parts = parts_after(catalog, state, summaries, config.gone, options)
@@ -192,7 +194,7 @@ def _manifest(
 ) -> RunManifest:
     started = datetime.fromisoformat(config.started_at)
     finished = datetime.now(UTC)
-    computed = [summary for summary in summaries if not summary.is_reused]
+    computed = [summary for summary in summaries if summary.run_id == config.run_id]
     record = commit.record if commit and commit.record.run_id == config.run_id else None
     return RunManifest(
         run_id=config.run_id,

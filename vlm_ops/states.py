@@ -20,7 +20,16 @@ from schemas.manifests import CommitRecord
 from schemas.recipes import Recipe
 from schemas.tables import FAILURES
 from vlm_ops import storage
-from vlm_ops.delta_tables import LivePart, live_parts, log_entries, open_table, read_columns, sequence_of, set_live
+from vlm_ops.delta_tables import (
+    LivePart,
+    has_committed,
+    live_parts,
+    log_entries,
+    open_table,
+    read_columns,
+    sequence_of,
+    set_live,
+)
 from vlm_ops.parts import PartSummary, rewritten
 
 _RECORD = "beamsight"
@@ -117,6 +126,20 @@ def existing_state(catalog: CatalogLayout, storage_options: storage.StorageOptio
     if state.commit is None:
         raise no_catalog(catalog)
     return state
+
+
+def state_before(
+    catalog: CatalogLayout, run_id: str, storage_options: storage.StorageOptions
+) -> tuple[CatalogState, Commit | None]:
+    """The state that a run's commit was made on, and that commit: a runner may try again what had been done. Of a run that
+    has not committed, what readers see now, and None."""
+    table = open_table(catalog.images, storage_options)
+    if table is None or not has_committed(table, run_id):
+        return current_state(catalog, storage_options), None
+    history = _commits(table)
+    own = next(commit for commit in history if commit.record.run_id == run_id)
+    before = next(history, None)
+    return (state_of(catalog, before, storage_options) if before else CatalogState()), own
 
 
 def state_of(catalog: CatalogLayout, commit: Commit, storage_options: storage.StorageOptions) -> CatalogState:

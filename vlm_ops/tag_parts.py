@@ -8,7 +8,6 @@ are taken over from the tags of the old one.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,7 +106,7 @@ class TagSummary:
     Attributes:
         num_kept: Rows taken over from an earlier part.
         stage_sec: Thread-seconds by stage.
-        is_reused: Whether an earlier run had made it.
+        run_id: The run that made it; empty where an old part does not say.
     """
 
     name: str
@@ -115,7 +114,7 @@ class TagSummary:
     num_kept: int
     num_bytes: int = 0
     stage_sec: dict[str, float] = field(default_factory=dict)
-    is_reused: bool = False
+    run_id: str = ""
 
     @property
     def part(self) -> LivePart:
@@ -124,8 +123,7 @@ class TagSummary:
 
 def read_tag_summary(catalog: CatalogLayout, name: str, storage_options: storage.StorageOptions) -> TagSummary | None:
     """Summary of a part, or None where there is no such part."""
-    stored = stored_summary(f"{catalog.tags}/{name}", storage_options)
-    return TagSummary(**{**stored, "is_reused": True}) if stored else None
+    return stored_summary(TagSummary, f"{catalog.tags}/{name}", storage_options)
 
 
 def num_unknown(catalog: CatalogLayout, work: TagWork, storage_options: storage.StorageOptions) -> int:
@@ -145,22 +143,26 @@ def write_tags(
     batches: Iterator[tuple[pa.RecordBatch, int]],
     stage_sec: dict[str, float],
     storage_options: storage.StorageOptions,
+    run_id: str,
 ) -> TagSummary:
-    """Writes a part, whole or not at all.
+    """Writes a part, whole or not at all. Of two writers of one part the first one wins: what is committed never changes its bytes.
 
     Args:
         batches: Rows of TAGS, and how many of them were taken over.
         stage_sec: Filled while the batches are made.
     """
     num_rows = num_kept = 0
-    with storage.replacing(f"{catalog.tags}/{work.name}", storage_options) as path:
-        with pq.ParquetWriter(path, TAGS, compression="zstd") as parquet:
-            for rows, kept in batches:
-                parquet.write_batch(rows)
-                num_rows, num_kept = num_rows + rows.num_rows, num_kept + kept
-            summary = TagSummary(work.name, num_rows, num_kept, stage_sec=stage_sec)
-            store_summary(parquet, summary)
-        return TagSummary(**{**vars(summary), "num_bytes": os.path.getsize(path)})
+    with (
+        storage.replacing(f"{catalog.tags}/{work.name}", storage_options, only_if_absent=True) as path,
+        pq.ParquetWriter(path, TAGS, compression="zstd") as parquet,
+    ):
+        for rows, kept in batches:
+            parquet.write_batch(rows)
+            num_rows, num_kept = num_rows + rows.num_rows, num_kept + kept
+        store_summary(parquet, TagSummary(work.name, num_rows, num_kept, stage_sec=stage_sec, run_id=run_id))
+    written = read_tag_summary(catalog, work.name, storage_options)
+    assert written is not None
+    return written
 
 
 def rows_by_image(

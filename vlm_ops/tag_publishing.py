@@ -22,7 +22,7 @@ from vlm_ops.near_duplicates import contradicted, hash_bytes
 from vlm_ops.parts import rewritten
 from vlm_ops.states import check_parts_are_there
 from vlm_ops.tag_parts import TagSummary, plan_tags
-from vlm_ops.tag_states import TAG_RECORD, tag_state
+from vlm_ops.tag_states import TAG_RECORD, TagState, tag_state
 from vlm_ops.tagging import NEAR_DUPLICATE, review
 
 _COMPARED = ("image_id", "categories", "suitability", "review_reasons")
@@ -50,15 +50,33 @@ class TagPublishConfig:
 
 
 def publish_tags(config: TagPublishConfig, summaries: Sequence[TagSummary]) -> TagRecord:
-    """Makes the parts that were made and those that stay the whole table.
+    """Makes the parts that were made and those that stay the whole table. Doing it twice does nothing more: a runner tries
+    again what it has not heard the end of.
 
     Raises:
         CommitConflictError: Another run tagged at the same time.
     """
     catalog, options = CatalogLayout(config.catalog), config.storage_options
     state = tag_state(catalog, options)
-    if state.record and state.record.run_id == config.run_id:  # a runner tried again what had been done
-        return state.record
+    if state.record and state.record.run_id == config.run_id:
+        record = state.record
+    else:
+        record = _publish(catalog, config, state, summaries)
+    metrics = {
+        "images": record.num_images,
+        "images_tagged": record.num_tagged,
+        "images_kept": record.num_images - record.num_tagged,
+        "parts_reused": sum(summary.run_id != config.run_id for summary in summaries),
+        "stage_sec": _seconds([summary for summary in summaries if summary.run_id == config.run_id]),
+    }
+    storage.write_bytes(catalog.run_file(config.run_id, RUN_METRICS), to_json(metrics).encode(), options)
+    return record
+
+
+def _publish(
+    catalog: CatalogLayout, config: TagPublishConfig, state: TagState, summaries: Sequence[TagSummary]
+) -> TagRecord:
+    options = config.storage_options
     if state.sequence != config.sequence:
         raise conflict(catalog.tags, f"{state.sequence - config.sequence} commits since this run began")
     images = live_parts(open_table(catalog.images, options, config.images_version))
@@ -76,14 +94,6 @@ def publish_tags(config: TagPublishConfig, summaries: Sequence[TagSummary]) -> T
         num_tagged=sum(summary.num_rows - summary.num_kept for summary in summaries),
     )
     set_live(catalog.tags, TAGS, parts, config.run_id, options, {TAG_RECORD: record.to_json()}, config.sequence)
-    metrics = {
-        "images": record.num_images,
-        "images_tagged": record.num_tagged,
-        "images_kept": record.num_images - record.num_tagged,
-        "parts_reused": sum(summary.is_reused for summary in summaries),
-        "stage_sec": _seconds([summary for summary in summaries if not summary.is_reused]),
-    }
-    storage.write_bytes(catalog.run_file(config.run_id, RUN_METRICS), to_json(metrics).encode(), options)
     return record
 
 

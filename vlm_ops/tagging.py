@@ -97,12 +97,13 @@ class Tagger:
             self._writer = TextWriter.load(config.text_model, config.device)
 
     def tag(self, work: TagWork) -> TagSummary:
-        """Tags a part of the images and writes the part of the tags; or finds the one that an earlier run has written."""
+        """Tags a part of the images and writes the part of the tags; or finds the one that is there: an earlier run has
+        written it, or this one before the runner handed the work out again."""
         catalog, options = CatalogLayout(self.config.catalog), self.config.storage_options
         if found := read_tag_summary(catalog, work.name, options):
             return found
         stage_sec: dict[str, float] = {}
-        return write_tags(catalog, work, self._rows(catalog, work, stage_sec), stage_sec, options)
+        return write_tags(catalog, work, self._rows(catalog, work, stage_sec), stage_sec, options, self.config.run_id)
 
     def _rows(
         self, catalog: CatalogLayout, work: TagWork, stage_sec: dict[str, float]

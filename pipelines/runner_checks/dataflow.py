@@ -124,7 +124,9 @@ def judge_accelerator(service_options: Sequence[str], machine_type: str | None) 
         return Finding("accelerator", "ok", told)
     text = found[-1]
     remedy = f"write worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver, in quotes for the shell ({_DOCS})"
-    match = re.fullmatch(r"type:([a-z0-9-]+);count:([1-9]\d*)(;install-nvidia-driver(?::[a-z0-9.]+)?)?", text)
+    match = re.fullmatch(
+        r"type:([a-z0-9-]+);count:([1-9]\d*)(;install-nvidia-driver(?::[a-z0-9.]+)?)?(?:;use_nvidia_mps)?", text
+    )
     if not match:
         return Finding("accelerator", "problem", f"{text!r} is no accelerator", remedy)
     kind, count, driver = match.groups()

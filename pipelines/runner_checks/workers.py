@@ -14,7 +14,7 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics, MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipelines.runners import run_to_end
+from pipelines.jobs import run_to_end
 from vlm_ops.cores import usable_cores
 from vlm_ops.diagnosis import Finding, one_line
 
@@ -53,6 +53,7 @@ def check_workers(options: PipelineOptions, needs_card: bool = False) -> Iterato
         pipeline = beam.Pipeline(options=options)
         _ = pipeline | beam.Create(range(_NUM_ELEMENTS)) | beam.Reshuffle() | beam.ParDo(_Say())
         result = run_to_end(pipeline)
+        assert result is not None, "--template_location makes a template of it"
         found = result.metrics().query(MetricsFilter().with_namespace(_NAMESPACE))["counters"]
         answers = [json.loads(counter.key.metric.name) for counter in found]
     except Exception as error:  # of any runner

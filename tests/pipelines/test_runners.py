@@ -20,8 +20,9 @@ from apache_beam.runners.portability.fn_api_runner import worker_handlers
 from apache_beam.runners.worker import data_plane
 
 from pipelines.cli import main
+from pipelines.jobs import run_to_end
 from pipelines.options import RunningOptions, parse_build
-from pipelines.runners import beam_flags, beam_options, run_to_end, unknown_beam_args
+from pipelines.runners import beam_flags, beam_options, unknown_beam_args
 
 FLINK = ("--flink_master=flink:8081", "--sdk_container_image=eu.example/beamsight:1")
 DATAFLOW = ("--project=shop-project", "--region=europe-west4", "--temp_location=gs://shop/tmp",
@@ -124,6 +125,8 @@ def test_printed_flags_are_those_that_beam_is_given_and_nothing_is_done(
     ("flags", "told"),
     [
         (["--runner", "flink", "--flink_master=flink:8081"], "Flink's workers have no Beamsight; give --sdk_container_image"),
+        (["--runner", "flink", *FLINK, "--flink_master=127.0.0.1:1"], "127.0.0.1:1 does not answer: [Errno 111] Connection refused; start"),
+        (["--runner", "flink", *FLINK, "--flink_job_server_jar=/no.jar"], "there is no /no.jar; fetch beam-runners-flink-"),
         (["--num_workers=3"], "--num_workers is of Dataflow's machines; did you mean --num_threads?"),
         (["--runner", "flink", *FLINK, "--num_thread=3"], "unknown flag '--num_thread=3'; did you mean --num_threads?"),
         (["--runner", "dataflow", *DATAFLOW[:3]], "Dataflow's workers have no Beamsight; give --sdk_container_image"),
@@ -146,26 +149,6 @@ def test_what_a_runner_lacks_is_told_before_any_work(
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert told in error and len(error.splitlines()) == 1
-
-
-def test_an_interrupted_wait_cancels_the_job_which_would_go_on() -> None:
-    class Result:
-        is_cancelled = False
-
-        def wait_until_finish(self) -> None:
-            raise KeyboardInterrupt
-
-        def cancel(self) -> None:
-            self.is_cancelled = True
-
-    class Runner(beam.runners.PipelineRunner):
-        def run_pipeline(self, pipeline: beam.Pipeline, options: PipelineOptions) -> Result:
-            return result
-
-    result = Result()
-    with pytest.raises(KeyboardInterrupt):
-        run_to_end(beam.Pipeline(runner=Runner()))
-    assert result.is_cancelled
 
 
 def test_the_local_runner_sends_nothing_while_an_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from schemas.samples import (
     HARMLESS_REASONS,
@@ -50,6 +52,37 @@ def test_names_that_are_not_utf8_have_an_id() -> None:
     assert clean_text(name) == "/photos/\\udcff.jpg"
     assert image_id(name) == image_id(clean_text(name))
     assert replace(TAR, uri=name).location_id.startswith("s")
+
+
+names = st.text(st.characters())  # lone surrogates too, as in names that are not UTF-8
+files = st.builds(
+    FileRef,
+    uri=names,
+    version=names,
+    num_bytes=st.integers(0, 2**62),
+    sidecars=st.lists(names).map(tuple),
+    key=st.none() | names,
+    captions=st.lists(names).map(tuple),
+    metadata=st.none() | names,
+    error=st.none() | st.tuples(names, names),
+    entry=names,
+)
+shards = st.builds(
+    ShardRef,
+    uri=names,
+    format=st.sampled_from(["tar", "parquet", "files"]),
+    version=names,
+    num_bytes=st.integers(0, 2**62),
+    files=st.lists(files, max_size=4).map(tuple),
+    revision=names,
+    attempts=st.dictionaries(names, st.integers(1, 9), max_size=3),
+)
+
+
+@given(shards)
+def test_references_travel_as_lines(shard: ShardRef) -> None:
+    line = shard.to_json()
+    assert ShardRef.from_json(line) == shard and line.isascii() and "\n" not in line
 
 
 def test_location_ids_name_the_place_and_shard_ids_its_content() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,22 @@ def test_the_same_run_commits_once(corpus: Corpus) -> None:
     first, again = corpus.commit("r1", part), corpus.commit("r1", part)
     assert (first.table_version, first.num_added) == (again.table_version, again.num_added) == (1, 1)
     assert corpus.keys() == ["x"]
+
+
+def test_a_run_that_publishes_again_says_the_same(corpus: Corpus) -> None:
+    """A runner may lose what was published a moment ago, and have it published again."""
+    corpus.commit("r1", corpus.tar("a.tar", "1", ["x", "y"]), corpus.tar("b.tar", "1", ["z"]))
+    damaged = corpus.tar("a.tar", "2", ["x", "y"])
+    path = corpus.folder / "a.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    damaged = corpus.enrich(ShardRef(str(path), "tar", "3", 700))
+    first = corpus.commit("r2", damaged)
+    corpus.commit("r3", corpus.tar("c.tar", "1", ["c"]))  # another one came in between
+    again = corpus.commit("r2", damaged, sequence=1)
+    assert first.num_lost_images > 0
+    untimed = {"finished_at": "", "wall_sec": 0.0}
+    assert replace(again, **untimed) == replace(first, **untimed)  # type: ignore[arg-type]
+    assert corpus.keys() == ["c", "z"]
 
 
 def test_another_run_with_the_same_parts_changes_nothing(corpus: Corpus) -> None:

@@ -88,10 +88,10 @@ def test_a_part_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        write_tags(catalog, work, broken(), {}, {})
+        write_tags(catalog, work, broken(), {}, {}, "r")
     assert read_tag_summary(catalog, work.name, {}) is None
-    written = write_tags(catalog, work, iter([(rows, 1), (rows, 0)]), {"texts": 1.0}, {})
-    assert (written.num_rows, written.num_kept, written.is_reused) == (2, 1, False)
+    written = write_tags(catalog, work, iter([(rows, 1), (rows, 0)]), {"texts": 1.0}, {}, "r")
+    assert (written.num_rows, written.num_kept, written.run_id) == (2, 1, "r")
     found = read_tag_summary(catalog, work.name, {})
     assert found is not None
     assert (found.num_rows, found.num_kept, found.stage_sec, found.num_bytes) == (
@@ -100,5 +100,8 @@ def test_a_part_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         {"texts": 1.0},
         written.num_bytes,
     )
-    assert found.is_reused
+    assert found == written
+    assert write_tags(catalog, work, iter([(rows, 0)]), {}, {}, "later") == written, (
+        "who comes second takes what is there"
+    )
     assert list(rows_by_image(catalog, [work.name, "part-gone.parquet"], {})) == [(1, "x")]

@@ -17,6 +17,7 @@ L4 = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
     [
         ([L4], "g2-standard-8", "ok", "1 nvidia-l4 on g2-standard-8"),
         ([L4 + ":5xx"], "g2-standard-8", "ok", "1 nvidia-l4"),
+        ([L4 + ";use_nvidia_mps"], "g2-standard-8", "ok", "1 nvidia-l4"),
         (["x=1", L4], "n2-standard-4", "problem", "does not take it"),
         ([L4], None, "problem", "the default machine, which does not take it"),
         (["worker_accelerator=type:nvidia-tesla-t4;count:2;install-nvidia-driver"], "n1-standard-8", "ok", "2 nvidia"),

@@ -1,0 +1,26 @@
+#!/bin/sh
+# A person names a command. Beam gives flags alone (https://s.apache.org/beam-fn-api-container-contract), which end at its
+# boot, as Dataflow demands of an entrypoint.
+set -eu
+case "${1:-}" in
+-h | --help | --version)
+    exec beamsight "$@"
+    ;;
+--worker_pool)
+    # As boot would start it, but its workers come through here too.
+    shift
+    trap 'kill "$pool"; wait "$pool"' TERM INT # the first process of a container ignores signals that it does not trap
+    python -m apache_beam.runners.worker.worker_pool_main --service_port=50000 --container_executable="$0" "$@" &
+    pool=$!
+    wait "$pool"
+    ;;
+-*)
+    # A worker in a folder of its own: boot writes its options, and what is staged, where the next worker does. Its standard
+    # output goes to the other stream: a pool gives it a pipe that nobody reads.
+    cd "$(mktemp -d)"
+    exec /opt/apache/beam/boot --semi_persist_dir="$PWD" "$@" >&2
+    ;;
+*)
+    exec beamsight "$@"
+    ;;
+esac

@@ -1,0 +1,108 @@
+"""One job: submitted, waited for, cancelled with the command that waits, and its failure told in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
+from apache_beam.runners.runner import PipelineState
+
+from pipelines.dataflow_jobs import check_staging, page_of, told_in_one_line
+
+if TYPE_CHECKING:
+    from apache_beam.runners.portability.job_server import JobServer
+    from apache_beam.runners.runner import PipelineResult, PipelineRunner
+
+logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
+    """Runs a pipeline and waits. Beam's workers print the traceback of an error to stderr wherever it
+    passes; the error comes to the caller all the same, who says it once.
+
+    Returns:
+        What came of it; None where `--template_location` was given: the launcher of a Flex Template gives it, and submits what
+        is written there.
+
+    Raises:
+        ValueError: Dataflow refused the job for what it is, or for who asks.
+        RuntimeError: The job failed, or somebody cancelled it.
+    """
+    options = pipeline.options
+    is_dataflow = options.view_as(StandardOptions).runner == "DataflowRunner"
+    shown = sys.stderr if os.environ.get("BEAMSIGHT_DEBUG") else io.StringIO()
+    told = told_in_one_line() if is_dataflow else contextlib.nullcontext()
+    with contextlib.redirect_stderr(shown), _job_server_of(pipeline.runner), told:
+        if is_dataflow:
+            check_staging(options)
+        result = pipeline.run()
+        if template := options.view_as(GoogleCloudOptions).template_location:
+            logger.info("the job was written to %s", template)
+            return None
+        if is_dataflow:
+            logger.info("the job's page is %s", page_of(result, options))
+        try:
+            state = result.wait_until_finish()
+        except KeyboardInterrupt:
+            _cancel(result)
+            raise
+    if state not in (PipelineState.DONE, None):
+        raise RuntimeError(f"the job ended in the state {state}")
+    return result
+
+
+@contextlib.contextmanager
+def _job_server_of(runner: PipelineRunner) -> Iterator[None]:
+    """The job server that a portable runner starts lives as long as the block: it listens on every interface, and Beam would
+    stop it only at the exit of the process, which a failed command does not wait for.
+
+    Interrupted at a terminal, it is what the job is cancelled through. So it does not hear of it, and Beam's own handler,
+    which would stop it first, is not left in place.
+    """
+    servers: list[JobServer] = []
+    if make := getattr(runner, "default_job_server", None):
+
+        def make_and_keep(options: PipelineOptions) -> JobServer:
+            server = make(options)
+            if threading.current_thread() is threading.main_thread():
+                server.start = _uninterrupted(server.start)
+            servers.append(server)
+            return server
+
+        runner.default_job_server = make_and_keep  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def _uninterrupted(start: Callable[[], _Result]) -> Callable[[], _Result]:
+    """Calls a function while SIGINT is ignored; the programs that it starts ignore it for good."""
+
+    def started() -> _Result:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return start()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    return started
+
+
+def _cancel(result: PipelineResult) -> None:
+    """Another machine's job goes on when the one that has submitted it does not, and keeps its slots."""
+    try:
+        result.cancel()
+    except Exception as error:  # of any runner; the interruption is what counts
+        logger.warning("the job could not be cancelled, and may go on: %s", error)
