@@ -68,10 +68,11 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def undisturbed(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def undisturbed(corpus: Path, tmp_path: Path) -> Path:
     """The catalog of the corpus, built on this machine."""
-    monkeypatch.setenv("BEAMSIGHT_JOURNAL", str(tmp_path / "local journal"))
-    assert main(command(corpus, tmp_path / "undisturbed")) == 0
+    with pytest.MonkeyPatch.context() as patch:  # which a TaskManager of the test must not inherit
+        patch.setenv("BEAMSIGHT_JOURNAL", str(tmp_path / "local journal"))
+        assert main(command(corpus, tmp_path / "undisturbed")) == 0
     return tmp_path / "undisturbed"
 
 
