@@ -16,8 +16,9 @@ from apache_beam.options.pipeline_options import (
     PortableOptions,
     WorkerOptions,
 )
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
 
-from pipelines.runner_checks.flink import check_job_server, check_master
+from pipelines.runner_checks.flink import EMBEDDED, check_job_server, check_master
 from vlm_ops import storage
 from vlm_ops.cores import usable_cores
 
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 _GPU_MACHINE = ("--machine_type=g2-standard-8",)
 _GPU = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
 _CPU_MACHINE = ("--machine_type=n2-standard-4",)
+
+# Beam's local runner with threads sends what a bundle has written so far once a second: from another thread, and without a
+# lock (2.77, TimeBasedBufferingClosableOutputStream), so that an element now and then is cut in two, or lost. By 0 it sends
+# whole elements alone, once there are enough of them, or all.
+worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
 
 
 def beam_flags(command: str, options: RunningOptions) -> list[str]:
@@ -119,7 +125,7 @@ def check_flags(command: str, options: RunningOptions, places: Sequence[tuple[st
 
 def _check_flink(options: PipelineOptions) -> None:
     portable = options.view_as(PortableOptions)
-    is_embedded = options.view_as(FlinkRunnerOptions).flink_master in ("[auto]", "[local]")
+    is_embedded = options.view_as(FlinkRunnerOptions).flink_master in EMBEDDED
     image = options.view_as(WorkerOptions).sdk_container_image or portable.environment_config
     if not is_embedded and portable.environment_type in (None, "DOCKER") and not image:
         raise ValueError(

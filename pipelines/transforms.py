@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 class ListedWork(beam.PTransform):
     """What there is to do, out of the file that the launcher has written.
 
-    Input: the beginning of a pipeline. Output: whatever was listed, ShardRef or TagWork. Failures: storage errors raise, so that
-    the runner tries again. Shuffles the places of stretches of the file.
+    Input: the beginning of a pipeline. Output: whatever was listed, ShardRef or TagWork, evenly handed out. Failures: storage
+    errors raise, so that the runner tries again. Shuffles the lines of the file, and nothing else is shuffled in a run.
 
     Args:
         work: The list.
@@ -48,8 +48,8 @@ class ListedWork(beam.PTransform):
 
     def expand(self, begin: beam.pvalue.PBegin) -> beam.PCollection:
         stretches = begin | beam.Create(self.work.stretches)
-        lines = stretches | beam.FlatMap(_lines, self.work.uri, self.storage_options)
-        return lines | beam.Map(self.from_json)
+        lines = stretches | beam.FlatMap(_lines, self.work.uri, self.storage_options).with_output_types(str)
+        return lines | beam.Reshuffle() | beam.Map(self.from_json)
 
 
 @dataclass
@@ -57,7 +57,7 @@ class EnrichShards(beam.PTransform):
     """Computes shards and writes a part file for each.
 
     Input: ShardRef. Output: PartSummary. Failures: rows of the parts; storage errors raise, so that
-    the runner tries the shard again. Shuffles the references, and nothing else.
+    the runner tries the shard again. Shuffles nothing.
 
     Args:
         config: What to compute, and where to.
@@ -71,7 +71,7 @@ class EnrichShards(beam.PTransform):
         super().__init__()
 
     def expand(self, shards: beam.PCollection) -> beam.PCollection:
-        return shards | beam.Reshuffle() | beam.ParDo(EnrichShardDoFn(self.config, self.shared))
+        return shards | beam.ParDo(EnrichShardDoFn(self.config, self.shared))
 
 
 class EnrichShardDoFn(beam.DoFn):
@@ -146,7 +146,7 @@ class TagParts(beam.PTransform):
     """Tags parts of the images and writes a part of the tags for each.
 
     Input: TagWork. Output: TagSummary. Failures: none of single images; storage errors raise, so that the runner
-    tries the part again. Shuffles the references, and nothing else.
+    tries the part again. Shuffles nothing.
 
     Args:
         config: What to say, and where to.
@@ -158,7 +158,7 @@ class TagParts(beam.PTransform):
         super().__init__()
 
     def expand(self, work: beam.PCollection) -> beam.PCollection:
-        return work | beam.Reshuffle() | beam.ParDo(TagPartDoFn(self.config, Shared()))
+        return work | beam.ParDo(TagPartDoFn(self.config, Shared()))
 
 
 class TagPartDoFn(beam.DoFn):

@@ -38,14 +38,14 @@ def write_work_list(uri: str, work: Iterable[Work], storage_options: storage.Sto
     with storage.replacing(uri, storage_options) as path, open(path, "wb") as file:
         for lines in _stretched(each.to_json() for each in work):
             start = file.tell()
-            file.write(gzip.compress("\n".join(lines).encode("ascii"), compresslevel=1, mtime=0))
+            file.write(gzip.compress("".join(f"{line}\n" for line in lines).encode("ascii"), compresslevel=1, mtime=0))
             stretches.append((start, file.tell()))
     return WorkList(uri, tuple(stretches))
 
 
 def read_stretch(uri: str, stretch: Stretch, storage_options: storage.StorageOptions) -> Iterator[str]:
     """The lines of a stretch."""
-    yield from gzip.decompress(storage.read_bytes(uri, storage_options, *stretch)).decode("ascii").split("\n")
+    yield from gzip.decompress(storage.read_bytes(uri, storage_options, *stretch)).decode("ascii").splitlines()
 
 
 def _stretched(lines: Iterable[str]) -> Iterator[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import (
     DebugOptions,
@@ -15,8 +16,11 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
     WorkerOptions,
 )
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
+from apache_beam.runners.worker import data_plane
 
 from pipelines.cli import main
+from pipelines.jobs import run_to_end
 from pipelines.options import RunningOptions, parse_build
 from pipelines.runners import beam_flags, beam_options, unknown_beam_args
 
@@ -147,3 +151,25 @@ def test_what_a_runner_lacks_is_told_before_any_work(
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert told in error and len(error.splitlines()) == 1
+
+
+def test_the_local_runner_sends_nothing_while_an_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would once a second, from another thread, and cut the element in two or lose it."""
+    by_time = []
+    usual = data_plane.TimeBasedBufferingClosableOutputStream.__init__
+    monkeypatch.setattr(
+        data_plane.TimeBasedBufferingClosableOutputStream,
+        "__init__",
+        lambda self, *args, **kwargs: by_time.append(self) or usual(self, *args, **kwargs),
+    )
+
+    def run() -> None:
+        pipeline = beam.Pipeline(options=beam_options("build", running("local")))
+        _ = pipeline | beam.Create(range(9)) | beam.Reshuffle()
+        run_to_end(pipeline)
+
+    run()
+    assert not by_time
+    monkeypatch.setattr(worker_handlers, "DATA_BUFFER_TIME_LIMIT_MS", 1000)  # as Beam has it
+    run()
+    assert by_time

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from deltalake import DeltaTable
 
-from schemas.catalog import CatalogLayout, parse_part_name
+from schemas.catalog import CatalogLayout, parse_part_name, part_name
 from schemas.manifests import RunManifest
 from schemas.recipes import Recipe
 from schemas.samples import FileRef, ShardRef
 from tests.conftest import jpeg, tar_bytes
 from vlm_ops import publishing, states
-from vlm_ops.delta_tables import CommitConflictError
+from vlm_ops.delta_tables import CommitConflictError, LivePart
 from vlm_ops.enrich import EnrichConfig, Enricher
 from vlm_ops.models.settings import CPU
 from vlm_ops.ops import plan_ops, schema_of
@@ -28,6 +28,7 @@ from vlm_ops.states import (
     Changes,
     Gone,
     commit_parts,
+    count_changes,
     current_state,
     existing_state,
     new_record,
@@ -169,6 +170,22 @@ def test_images_with_other_bytes_or_by_another_recipe_have_changed(corpus: Corpu
     corpus.recipe = Recipe(plan_ops(["quality"], "compact"), 10**8, 10**7)
     corpus.commit("r3", corpus.enrich(ShardRef(str(corpus.folder / "a.tar"), "tar", "2", len(data))))
     assert corpus.changes() == (0, 3, 0)
+
+
+def test_a_file_that_moves_from_pack_to_pack_has_not_changed(corpus: Corpus) -> None:
+    corpus.commit("r1", corpus.files({"p.jpg": "1", "q.jpg": "1"}), corpus.tar("a.tar", "1", ["x"]))
+    corpus.commit("r2", corpus.files({"p.jpg": "1"}), corpus.files({"q.jpg": "1", "r.jpg": "1"}))
+    assert corpus.keys() == ["p", "q", "r", "x"] and corpus.changes() == (1, 0, 0)
+
+
+def test_parts_of_shards_that_are_just_new_or_gone_are_not_read(corpus: Corpus) -> None:
+    """They need not even be there."""
+    new, gone = (LivePart(part_name(f"s{digit * 16}-{'0' * 12}", "0" * 12), 7, 1) for digit in "ab")
+    assert count_changes(corpus.catalog, [gone], [new], {}) == Changes(7, 0, 7)
+    kept = corpus.tar("a.tar", "1", ["x", "y"]).images
+    assert count_changes(corpus.catalog, [kept, gone], [kept, new], {}) == Changes(7, 0, 7)
+    other = corpus.tar("a.tar", "2", ["y", "z"]).images
+    assert count_changes(corpus.catalog, [kept, gone], [other, new], {}) == Changes(8, 0, 8)
 
 
 def test_the_commit_names_run_and_recipe(corpus: Corpus) -> None:

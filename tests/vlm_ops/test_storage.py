@@ -16,6 +16,7 @@ import botocore.exceptions
 import fsspec
 import gcsfs.retry
 import pytest
+from deltalake.exceptions import DeltaError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -397,6 +398,8 @@ def test_what_is_given_wins_over_what_is_usual(environment: pytest.MonkeyPatch) 
         (OSError("Generic S3 error\n \x1b[31m↳\x1b[0m HTTP error\n \x1b[31m↳\x1b[0m error reading a body"), True),
         (OSError("Generic S3 error\n \x1b[31m↳\x1b[0m Server returned\n \x1b[31m↳\x1b[0m 500 Internal"), True),
         (OSError("Generic S3 error\n \x1b[31m↳\x1b[0m Server returned\n \x1b[31m↳\x1b[0m 403 Forbidden"), False),
+        (DeltaError("Error interacting with object store: Generic S3 error: HTTP error: error reading a body"), True),
+        (DeltaError("Error interacting with object store: Client error with status 403 Forbidden"), False),
         (FileNotFoundError("gone"), False),
         (PermissionError("Forbidden"), False),
         (OSError(errno.ENOSPC, "No space left on device"), False),
