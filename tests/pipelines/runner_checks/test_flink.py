@@ -24,7 +24,7 @@ from pipelines.runner_checks.flink import (
     judge_slots,
     judge_version,
 )
-from pipelines.runner_checks.images import judge_image
+from pipelines.runner_checks.images import describe_image, judge_image
 from vlm_ops.diagnosis import Finding
 
 
@@ -189,3 +189,13 @@ def test_labels_of_an_image() -> None:
     assert judge_image("image", "i", {}).status == "unknown"
     other = judge_image("image", "i", {**here, "org.apache.beam.version": "2.1.0"})
     assert other.status == "problem" and "2.1.0" in other.told and beam.__version__ in other.told
+
+
+def test_an_image_is_looked_for_by_podman_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = {"docker": "exit 1", "podman": '[ "$5" = mine ] && echo \'{"org.apache.beam.version": "2.1.0"}\''}
+    for name, does in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "does not say what is in it" in describe_image("image", "mine").told
+    assert "other is not on this machine" in describe_image("image", "other").told
