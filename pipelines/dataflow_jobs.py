@@ -54,6 +54,23 @@ def check_staging(options: PipelineOptions) -> None:
             ) from error
 
 
+class LostJobError(OSError):
+    """A job that was submitted and cannot be seen any more; it may still be at work."""
+
+
+@contextlib.contextmanager
+def seen() -> Iterator[None]:
+    """Raises:
+    LostJobError: In place of whatever but the job's own failure ends the wait for it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _FAILURE.fullmatch(str(error)):
+            raise
+        raise LostJobError(f"the job goes on, but cannot be seen any more: {error}") from error
+
+
 def page_of(result: Any, options: PipelineOptions) -> str:
     """Where a person looks at the job."""
     cloud = options.view_as(GoogleCloudOptions)

@@ -13,10 +13,16 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    FlinkRunnerOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    StandardOptions,
+)
 from apache_beam.runners.runner import PipelineState
 
-from pipelines.dataflow_jobs import check_staging, page_of, told_in_one_line
+from pipelines.dataflow_jobs import check_staging, page_of, seen, told_in_one_line
+from pipelines.runner_checks.flink import EMBEDDED, cancel_job
 
 if TYPE_CHECKING:
     from apache_beam.runners.portability.job_server import JobServer
@@ -37,6 +43,7 @@ def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
     Raises:
         ValueError: Dataflow refused the job for what it is, or for who asks.
         RuntimeError: The job failed, or somebody cancelled it.
+        LostJobError: What became of a job on Dataflow is not known.
     """
     options = pipeline.options
     is_dataflow = options.view_as(StandardOptions).runner == "DataflowRunner"
@@ -52,9 +59,10 @@ def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
         if is_dataflow:
             logger.info("the job's page is %s", page_of(result, options))
         try:
-            state = result.wait_until_finish()
+            with seen() if is_dataflow else contextlib.nullcontext():
+                state = result.wait_until_finish()
         except KeyboardInterrupt:
-            _cancel(result)
+            _cancel(result, options)
             raise
     if state not in (PipelineState.DONE, None):
         raise RuntimeError(f"the job ended in the state {state}")
@@ -100,9 +108,12 @@ def _uninterrupted(start: Callable[[], _Result]) -> Callable[[], _Result]:
     return started
 
 
-def _cancel(result: PipelineResult) -> None:
+def _cancel(result: PipelineResult, options: PipelineOptions) -> None:
     """Another machine's job goes on when the one that has submitted it does not, and keeps its slots."""
     try:
         result.cancel()
+        master = options.view_as(FlinkRunnerOptions).flink_master
+        if master not in EMBEDDED:  # the job server only stops waiting for a batch job (seen with that of Beam 2.70)
+            cancel_job(master, options.view_as(GoogleCloudOptions).job_name)
     except Exception as error:  # of any runner; the interruption is what counts
         logger.warning("the job could not be cancelled, and may go on: %s", error)

@@ -18,7 +18,7 @@ from apache_beam.options.pipeline_options import (
 )
 from apache_beam.runners.portability.fn_api_runner import worker_handlers
 
-from pipelines.runner_checks.flink import check_job_server, check_master
+from pipelines.runner_checks.flink import EMBEDDED, check_job_server, check_master
 from vlm_ops import storage
 from vlm_ops.cores import usable_cores
 
@@ -125,7 +125,7 @@ def check_flags(command: str, options: RunningOptions, places: Sequence[tuple[st
 
 def _check_flink(options: PipelineOptions) -> None:
     portable = options.view_as(PortableOptions)
-    is_embedded = options.view_as(FlinkRunnerOptions).flink_master in ("[auto]", "[local]")
+    is_embedded = options.view_as(FlinkRunnerOptions).flink_master in EMBEDDED
     image = options.view_as(WorkerOptions).sdk_container_image or portable.environment_config
     if not is_embedded and portable.environment_type in (None, "DOCKER") and not image:
         raise ValueError(
@@ -164,6 +164,12 @@ def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]])
         raise ValueError(
             f"--job_name={cloud.job_name}: must be of a-z, 0-9 and -, begin with a letter and not end with -"
         )
+    from pipelines.runner_checks.dataflow import judge_accelerator, judge_region  # which knows this module
+
+    machine = options.view_as(WorkerOptions).machine_type
+    for each in (judge_region(cloud.region), judge_accelerator(cloud.dataflow_service_options or (), machine)):
+        if each.status == "problem":
+            raise ValueError(f"{each.told}; {each.remedy}")
 
 
 def check_seen_everywhere(flag: str, place: str) -> None:

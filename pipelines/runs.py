@@ -13,12 +13,13 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
+from pipelines.dataflow_jobs import LostJobError
 from pipelines.jobs import run_to_end
 from pipelines.options import BuildOptions, RetryOptions, model_settings
 from pipelines.progress import Progress, watching
 from pipelines.runners import beam_options
 from pipelines.transforms import EnrichShards, ListedWork, PublishRun
-from schemas.catalog import RUN_CONTENTS, RUN_REPORT, RUN_WORK, CatalogLayout
+from schemas.catalog import RUN_CONTENTS, RUN_MANIFEST, RUN_REPORT, RUN_WORK, CatalogLayout
 from schemas.manifests import RunManifest
 from schemas.recipes import Recipe
 from schemas.samples import ShardRef
@@ -100,13 +101,22 @@ def execute(run: Run, state: CatalogState) -> int:
         _loaded = enricher.acquire(lambda: Enricher(enrich)) if how.runner == "local" and run.plan.shards else None
         with _progress(run, run_id):
             is_running_on = run_to_end(pipeline) is None
+    except LostJobError:
+        is_running_on = True
+        raise
     finally:
         for uri in (known, work.uri):
             if uri and not is_running_on:
                 storage.remove(uri, options)
     if is_running_on:
         return EXIT_OK
-    manifest = read_manifest(run.catalog, run_id, options)
+    try:
+        manifest = read_manifest(run.catalog, run_id, options)
+    except FileNotFoundError as error:
+        place = run.catalog.run_file(run_id, RUN_MANIFEST)
+        raise RuntimeError(
+            f"the job has ended well, but {place} is not there: did its workers write elsewhere?"
+        ) from error
     write_run_report(run.catalog, manifest, options)
     if manifest.status == "refused":
         print(refusal(manifest, run.catalog, run.max_failure_rate), file=sys.stderr)

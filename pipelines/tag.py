@@ -18,6 +18,7 @@ import apache_beam as beam
 import pyarrow as pa
 
 from pipelines.corpora import encode_corpus
+from pipelines.dataflow_jobs import LostJobError
 from pipelines.jobs import run_to_end
 from pipelines.options import ReadingOptions, TagOptions
 from pipelines.progress import watching
@@ -101,6 +102,9 @@ def run(options: TagOptions) -> int:
     try:
         with watching("tag", amounts, lambda: storage.names_in(catalog.tags, storage_options)):
             is_running_on = run_to_end(pipeline) is None
+    except LostJobError:
+        is_running_on = True
+        raise
     finally:
         if not is_running_on:
             storage.remove(listed.uri, storage_options)

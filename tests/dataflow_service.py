@@ -28,14 +28,16 @@ Work = Callable[["Service"], None]
 
 
 class Service(ThreadingHTTPServer):
-    """The service. What a test tells it: `work`, `refusal`. What it tells a test: `jobs`, `places`.
+    """The service. What a test tells it: `work`, `refusal`, `is_mute`. What it tells a test: `jobs`, `places`.
 
     Attributes:
         work: What happens to a job while it is RUNNING; it is DONE afterwards, FAILED if this raises.
         refusal: HTTP status, name of the status and message by which the next jobs are refused; None: they are taken.
+        is_mute: Whether it tells nothing of its jobs.
         jobs: Jobs that arrived.
         places: Their (project, region).
         num_refused: Jobs that did not get in.
+        authorizations: How requests said who sends them: "Bearer", or not at all.
         cancelled: Whether a job was cancelled.
     """
 
@@ -48,7 +50,9 @@ class Service(ThreadingHTTPServer):
         self.url = f"http://localhost:{self.server_address[1]}"
         self.work: Work = run_staged
         self.refusal: tuple[int, str, str] | None = None
+        self.is_mute = False
         self.num_refused = 0
+        self.authorizations: set[str] = set()
         self.jobs: list[dataflow.Job] = []
         self.places: list[tuple[str, str]] = []
         self.cancelled = threading.Event()
@@ -106,6 +110,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.authorizations.add(self.headers.get("Authorization", "").partition(" ")[0])
+        if self.path == "/token":
+            return self._answer(200, json.dumps({"access_token": "t", "expires_in": 3600, "token_type": "Bearer"}))
+        if self.command == "GET" and self.server.is_mute:
+            return self._answer(503, json.dumps({"error": {"code": 503, "message": "mute", "status": "UNAVAILABLE"}}))
         place = _PATH.match(self.path.partition("?")[0])
         if place is None:
             return self._answer(501, json.dumps({"error": {"code": 501, "message": f"not imitated: {self.path}"}}))

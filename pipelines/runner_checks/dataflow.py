@@ -27,6 +27,9 @@ ACCELERATORS: dict[str, tuple[str, ...]] = {
     "nvidia-h100-80gb": ("a3-highgpu-",),
     "nvidia-h100-mega-80gb": ("a3-megagpu-",),
 }
+# Machines come with so many cards: an A2 or A3 says it, a G2 by its cores; an N1 takes as many as it is given
+# (https://cloud.google.com/compute/docs/accelerator-optimized-machines).
+_CARDS_OF_G2 = {"24": 2, "48": 4, "96": 8}
 _DOCS = "docs/dataflow.md"
 
 
@@ -137,6 +140,17 @@ def judge_accelerator(service_options: Sequence[str], machine_type: str | None) 
     if not (machine_type or "n1-standard-1").startswith(machines):
         wanted = " or ".join(f"{each}..." for each in machines)
         return Finding("accelerator", "problem", f"{told}, which does not take it", f"give --machine_type={wanted}")
+    if (has := _num_cards(machine_type or "")) not in (None, int(count)):
+        remedy = f"write count:{has}, or take a machine with {count}"
+        return Finding("accelerator", "problem", f"{told}, which has {has}", remedy)
     if driver is None:
         return Finding("accelerator", "problem", f"{told}, without a driver", "add ;install-nvidia-driver")
     return Finding("accelerator", "ok", told)
+
+
+def _num_cards(machine_type: str) -> int | None:
+    """What a machine comes with; None where it takes as many as it is given."""
+    family, _, size = machine_type.rpartition("-")
+    if family == "g2-standard":
+        return _CARDS_OF_G2.get(size, 1)
+    return int(size[:-1]) if re.fullmatch(r"a[23]-\w+", family) and re.fullmatch(r"\d+g", size) else None

@@ -28,7 +28,7 @@ from pipelines.runner_checks.images import describe_image
 from vlm_ops.diagnosis import Finding, one_line
 from vlm_ops.diagnosis.places import ANSWER_SEC, check_folder
 
-_EMBEDDED = ("[auto]", "[local]")
+EMBEDDED = ("[auto]", "[local]")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _DOCS = "docs/flink.md"
 
@@ -37,7 +37,7 @@ def check_flink(options: PipelineOptions) -> Iterator[Finding]:
     """Job server, master, artifacts, and the environment of the workers."""
     flink = options.view_as(FlinkRunnerOptions)
     portable = options.view_as(PortableOptions)
-    is_embedded = flink.flink_master in _EMBEDDED
+    is_embedded = flink.flink_master in EMBEDDED
     speaks = None
     if portable.job_endpoint and portable.job_endpoint != "embed":
         yield _check_address("job server", portable.job_endpoint, "start it, or leave out --job_endpoint")
@@ -50,11 +50,11 @@ def check_flink(options: PipelineOptions) -> Iterator[Finding]:
         yield Finding("master", "ok", told)
     else:
         yield from check_master(flink.flink_master, speaks or flink.flink_version)
+    is_here = is_embedded or _host(flink.flink_master) in _LOOPBACK
     if not is_embedded and not flink.flink_submit_uber_jar:
-        is_here = (urlsplit(_url(flink.flink_master)).hostname or "") in _LOOPBACK
         yield check_artifacts(options.view_as(JobServerOptions).artifacts_dir, is_here)
     image = options.view_as(WorkerOptions).sdk_container_image
-    yield check_environment(portable.environment_type, portable.environment_config, image, is_embedded)
+    yield check_environment(portable.environment_type, portable.environment_config, image, is_embedded, is_here)
 
 
 def _check_java() -> Finding:
@@ -152,6 +152,17 @@ def judge_slots(overview: Mapping[str, Any]) -> Finding:
     return Finding("slots", "ok", told)
 
 
+def cancel_job(master: str, name: str) -> None:
+    """Cancels the job of a name, if it runs; nothing where several do, of which one is another's."""
+    jobs = _get(f"{_url(master)}/jobs/overview")["jobs"]
+    running = [job["jid"] for job in jobs if job["name"] == name and job["end-time"] < 0]
+    if len(running) > 1:
+        raise ValueError(f"{len(running)} jobs are called {name}; cancel the right one at {_url(master)}")
+    for job in running:
+        request = urllib.request.Request(f"{_url(master)}/jobs/{job}?mode=cancel", method="PATCH")
+        urllib.request.urlopen(request, timeout=ANSWER_SEC).close()
+
+
 def check_artifacts(folder: str | None, is_here: bool) -> Finding:
     """Where the job server puts what the workers fetch through the TaskManagers, which read it from the same path.
 
@@ -173,27 +184,32 @@ def check_artifacts(folder: str | None, is_here: bool) -> Finding:
     return Finding("artifacts", "unknown", told, "mount the same folder there")
 
 
-def check_environment(kind: str | None, config: str | None, image: str | None, is_embedded: bool) -> Finding:
+def check_environment(
+    kind: str | None, config: str | None, image: str | None, is_embedded: bool, is_here: bool = True
+) -> Finding:
     """What the workers run in.
 
     Args:
         kind: DOCKER, PROCESS, EXTERNAL, LOOPBACK, or None for Beam's own choice.
         config: What belongs to it.
+        is_here: Whether the cluster is on this machine; of another one's commands and ports nothing can be seen.
     """
     if kind == "LOOPBACK" or (kind is None and is_embedded):
         return Finding("environment", "ok", "LOOPBACK: the workers are threads of this process")
     if kind in (None, "DOCKER"):
         return _check_docker(image or config)
     if kind == "PROCESS":
-        return _check_process(config)
+        return _check_process(config, is_here)
     if kind == "EXTERNAL":
         if not config:
             remedy = f"give --environment_config=HOST:PORT ({_DOCS})"
             return Finding("environment", "problem", "EXTERNAL without the address of a worker pool", remedy)
         address = json.loads(config)["url"] if config.lstrip().startswith("{") else config
-        return _check_address(
-            "worker pool", address, f"start one beside each TaskManager: IMAGE --worker_pool ({_DOCS})"
-        )
+        remedy = f"start one beside each TaskManager: IMAGE --worker_pool ({_DOCS})"
+        if not is_here and _host(address) in _LOOPBACK:
+            told = f"{address} of each TaskManager's host, which cannot be seen from here"
+            return Finding("worker pool", "unknown", told, remedy)
+        return _check_address("worker pool", address, remedy)
     remedy = f"give DOCKER, PROCESS or EXTERNAL ({_DOCS})"
     return Finding("environment", "problem", f"--environment_type={kind} is none of Flink's", remedy)
 
@@ -205,13 +221,16 @@ def _check_docker(image: str | None) -> Finding:
     return describe_image("environment", image)
 
 
-def _check_process(config: str | None) -> Finding:
+def _check_process(config: str | None, is_here: bool) -> Finding:
     try:
         command = str(json.loads(config or "")["command"])
     except (ValueError, KeyError, TypeError):
         told = f"PROCESS needs a command, got --environment_config={config}"
         return Finding("environment", "problem", told, """give --environment_config='{"command": "/path/to/boot"}'""")
     found = shutil.which(command)
+    if found is None and not is_here:
+        told = f"PROCESS: {command}, which each TaskManager's host must have; it cannot be seen from here"
+        return Finding("environment", "unknown", told)
     if found is None:
         told = f"{command} is {'not executable' if os.path.exists(command) else 'not there'} on this machine"
         return Finding(
@@ -219,6 +238,10 @@ def _check_process(config: str | None) -> Finding:
         )
     told = f"PROCESS: {found}, which each TaskManager's host must have too"
     return Finding("environment", "ok", told)
+
+
+def _host(address: str) -> str:
+    return urlsplit(address if "://" in address else f"//{address}").hostname or ""
 
 
 def _check_address(name: str, address: str, remedy: str) -> Finding:

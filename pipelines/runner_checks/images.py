@@ -16,13 +16,13 @@ from vlm_ops.diagnosis.places import ANSWER_SEC
 
 def describe_image(name: str, image: str) -> Finding:
     """What is known here of an image, by its labels."""
-    docker = shutil.which("docker") or shutil.which("podman")
-    command = [str(docker), "image", "inspect", "--format", "{{json .Config.Labels}}", image]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SEC) if docker else None
-    if shown is None or shown.returncode:
-        told = f"{image} is not on this machine; with --load a small job asks its workers"
-        return Finding(name, "unknown", told)
-    return judge_image(name, image, json.loads(shown.stdout or "null") or {})
+    for program in ("docker", "podman"):  # the first one may be there without its daemon
+        if path := shutil.which(program):
+            command = [path, "image", "inspect", "--format", "{{json .Config.Labels}}", image]
+            shown = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SEC)
+            if shown.returncode == 0:
+                return judge_image(name, image, json.loads(shown.stdout) or {})
+    return Finding(name, "unknown", f"{image} is not on this machine; with --load a small job asks its workers")
 
 
 def judge_image(name: str, image: str, labels: Mapping[str, str]) -> Finding:

@@ -37,8 +37,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for seed in range(NUM_PHOTOS):
         (folder / "photos" / f"p{seed:02}.jpg").write_bytes(jpeg(seed, 320, 240))
     usual = os.umask(0)
-    for each in (folder, *folder.parents[:2]):
-        each.chmod(0o777)
+    folder.chmod(0o777)
     yield folder
     os.umask(usual)
 
@@ -65,10 +64,11 @@ def test_doctor_finds_no_problem(engine: Engine, image: str) -> None:
     findings = json.loads(engine.run(image, "doctor", "--load", "--json").stdout)["findings"]
     told = {(each["group"], each["name"]): each for each in findings}
     assert [each for each in findings if each["status"] == "problem"] == []
-    # All that is short is a cache that can be written.
-    assert [each["name"] for each in findings if each["status"] == "warning"] == ["cache"]
-    assert told["packages", "[tagging]"]["told"] == "installed"
-    assert told["local runner", "Apache Beam"]["told"].startswith("2.77.0")
+    assert told["disk", "cache"]["status"] == "warning"  # which nothing can be added to
+    assert told["packages", "[tagging]"]["told"] == told["packages", "[dataflow]"]["told"] == "installed"
+    labels = engine.inspect(image)["Config"]["Labels"]
+    assert told["local runner", "Apache Beam"]["told"].startswith(f"{labels['org.apache.beam.version']}, ")
+    assert told["packages", "python"]["told"].startswith(f"{labels['org.python.version']}.")
 
 
 def test_what_the_image_is(engine: Engine, image: str) -> None:
@@ -95,7 +95,6 @@ def test_a_catalog_of_mounted_photos(catalog: Path) -> None:
     found = rows(catalog)
     assert len(found) == NUM_PHOTOS
     assert all(row["caption"] and row["image_embedding"] for row in found)
-    assert {path.stat().st_uid for path in (catalog / "images").glob("*.parquet")} == {USER}
 
 
 def test_a_catalog_is_read_by_any_user(engine: Engine, image: str, shared: Path, catalog: Path) -> None:
@@ -135,9 +134,10 @@ def test_flink_starts_it_for_its_workers(
     # What Flink calls `docker`. Beam mounts nothing into a container; with folders of this machine for buckets, this does.
     programs = tmp_path / "programs"
     programs.mkdir()
-    run = engine.command("", flags=[mount(shared)], network="host")[1:-1]
+    _, _, *flags, _ = engine.command(image, flags=[mount(shared)])
+    more = shlex.join(flag for flag in flags if flag != "--rm" and not flag.startswith("--network"))
     (programs / "docker").write_text(
-        f'#!/bin/sh\n[ "$1" != run ] || {{ shift; set -- {shlex.join(run)} "$@"; }}\nexec {engine.name} "$@"\n'
+        f'#!/bin/sh\n[ "$1" != run ] || {{ shift; set -- run {more} "$@"; }}\nexec {engine.name} "$@"\n'
     )
     (programs / "docker").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")

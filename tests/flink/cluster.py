@@ -58,7 +58,7 @@ heartbeat.interval: 1000
 heartbeat.timeout: 20000
 cluster.evenly-spread-out-slots: true
 restart-strategy.type: fixed-delay
-restart-strategy.fixed-delay.attempts: 5
+restart-strategy.fixed-delay.attempts: 3
 restart-strategy.fixed-delay.delay: 1s
 classloader.check-leaked-classloader: false
 """
@@ -123,6 +123,7 @@ class FlinkCluster:
 
     def stop_task_manager(self) -> None:
         """Stops the oldest one as a person would."""
+        self._task_managers = [each for each in self._task_managers if each.poll() is None]
         _stop(self._task_managers.pop(0))
 
     def stop(self) -> None:
@@ -156,7 +157,7 @@ class FlinkCluster:
     @contextlib.contextmanager
     def worker_pool(self, **environment: object) -> Iterator[str]:
         """Beam's own pool for EXTERNAL environments, which `IMAGE --worker_pool` starts in a container; yields its address."""
-        port = 50000
+        port = 20000  # in a container 50000, which here any client may have
         command = [sys.executable, "-m", "apache_beam.runners.worker.worker_pool_main", f"--service_port={port}",
                    f"--container_executable={self.boot}"]  # fmt: skip
         env = {**worker_environment(), **{name: str(value) for name, value in environment.items()}}
@@ -190,12 +191,13 @@ class Command:
     errors = ""
 
     def __init__(self, network: Network, arguments: Sequence[object]) -> None:
-        command = [sys.executable, "-m", "pipelines.cli", *arguments]
+        # A shell that runs the tests in the background has them ignore SIGINT.
+        command = ["env", "--default-signal=INT", sys.executable, "-m", "pipelines.cli", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         env = {**worker_environment(), "JDK_JAVA_OPTIONS": " ".join(_QUICK)}  # of the job server that Beam starts
         self.process = network.start(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
 
-    def finish(self, code: int = 0, timeout_sec: float = 240) -> str:
+    def finish(self, code: int = 0, timeout_sec: float = 300) -> str:
         """What it printed, once it has ended with an exit code; what else it said is in `errors`."""
         try:
             printed, self.errors = self.process.communicate(timeout=timeout_sec)
@@ -227,7 +229,7 @@ def flink_cluster(folder: Path, num_task_managers: int, slots: int = 1) -> Itera
         cluster.stop()
 
 
-def wait_until(is_true: Callable[[], object], what: str, timeout_sec: float = 120, every_sec: float = 0.05) -> None:
+def wait_until(is_true: Callable[[], object], what: str, timeout_sec: float = 200, every_sec: float = 0.05) -> None:
     """Raises:
     TimeoutError: It did not become true.
     """

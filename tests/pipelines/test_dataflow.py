@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import re
+import runpy
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +19,13 @@ from typing import Any
 
 import pytest
 from apache_beam.internal import pickler
+from apache_beam.internal.gcp import auth
 from apache_beam.portability import common_urns, python_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow import dataflow_runner
 from apache_beam.utils import retry
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from deltalake import DeltaTable
 
 from pipelines.cli import main
@@ -35,6 +40,7 @@ from vlm_ops.run_manifests import read_manifest
 dataflow = pytest.importorskip("google.cloud.dataflow", reason="needs beamsight[dataflow]")
 service_module = pytest.importorskip("tests.dataflow_service")
 IMAGE = "europe-west4-docker.pkg.dev/my-project/beamsight/worker:0.1.0"
+FLEX_TEMPLATE = Path(__file__).parents[2] / "examples" / "flex_template"
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # as Beam checks it, and Dataflow
 A100 = "worker_accelerator=type:nvidia-tesla-a100;count:1;install-nvidia-driver"
 L4 = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
@@ -77,18 +83,21 @@ def catalog(store: Store, name: str = "catalog") -> str:
     return f"{store.uri}/{name}"
 
 
-def build(service: Any, catalog: str, *flags: str, is_anonymous: bool = True) -> int:
+def build(service: Any, catalog: str, *flags: str, **how: bool) -> int:
     what = ("--input", "gs://photos/corpus/*.tar", "--catalog", catalog, "--model", "python:tests.toys")
-    return command(service, "build", *what, *flags, is_anonymous=is_anonymous)
+    return command(service, "build", *what, *flags, **how)
 
 
-def command(service: Any, name: str, *arguments: str, is_anonymous: bool = True) -> int:
-    """A command as a person types it, but for the last flags: without an account, and to this machine."""
+def command(
+    service: Any, name: str, *arguments: str, is_anonymous: bool = True, tells_its_packages: bool = False
+) -> int:
+    """A command as a person types it, but for what sends it to this machine, without an account, and saves half a second."""
     where = ("--project=my-project", "--region=europe-west4", "--temp_location=gs://photos/temp")
     here = ("--storage_options", json.dumps({"token": "anon"}), f"--dataflow_endpoint={service.url}")
     nobody = ("--no_auth",) if is_anonymous else ()
+    quick = () if tells_its_packages else ("--experiments=disable_logging_submission_environment",)
     image = f"--sdk_container_image={IMAGE}"
-    return main([name, *here, "--runner", "dataflow", *where, image, *nobody, *arguments])
+    return main([name, *here, "--runner", "dataflow", *where, image, *nobody, *quick, *arguments])
 
 
 def pipeline_of(job: Any, store: Store) -> beam_runner_api_pb2.Pipeline:
@@ -140,7 +149,7 @@ def done(google: tuple[Store, Proxy]) -> SimpleNamespace:
 
     with service_module.serving() as service, redirect_stdout(out), redirect_stderr(err):
         service.work = work
-        code = build(service, "gs://photos/catalog", "--labels=team=photos")
+        code = build(service, "gs://photos/catalog", "--labels=team=photos", tells_its_packages=True)
     job = service.jobs[0]
     staged = storage.filesystem("gs://", google[0].options).find("photos/temp")
     pipeline = pipeline_of(job, google[0])
@@ -289,6 +298,13 @@ def test_a_job_that_fails_says_why(
     assert "run the same command again" in message and "Traceback" not in message
 
 
+def test_a_job_that_is_done_and_has_written_nothing(service: Any, store: Store, capsys: pytest.CaptureFixture) -> None:
+    service.work = lambda service: None
+    assert build(service, catalog(store, "elsewhere")) == 1
+    message = capsys.readouterr().err
+    assert "the job has ended well, but gs://photos/elsewhere/runs/" in message and "is not there" in message
+
+
 def test_a_job_that_somebody_cancels(service: Any, store: Store, capsys: pytest.CaptureFixture) -> None:
     service.work = lambda service: service.cancel()
     assert build(service, catalog(store, "cancelled")) == 1
@@ -310,6 +326,20 @@ def test_ctrl_c_cancels_the_job(
     assert build(service, catalog(store, "interrupted")) == 130
     assert service.cancelled.is_set()
     assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread")
+def test_a_job_that_is_out_of_sight_goes_on(service: Any, store: Store, capsys: pytest.CaptureFixture) -> None:
+    """A launcher without network: what the job reads stays, and the job publishes."""
+    service.is_mute = True
+    service.work = lambda service: service.cancelled.wait(10)
+    place = catalog(store, "unseen")
+    assert build(service, place) == 1
+    message = capsys.readouterr().err
+    assert "the job goes on, but cannot be seen any more: " in message
+    service_module.run_here(service)
+    assert len(identities(place, store)) == 6
+    service.cancelled.set()
 
 
 def test_finished_parts_of_a_job_that_was_cancelled_are_kept(
@@ -336,35 +366,22 @@ def test_finished_parts_of_a_job_that_was_cancelled_are_kept(
 # --- submissions that are refused ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("code", "status", "message"),
-    [
-        (
-            400,
-            "INVALID_ARGUMENT",
-            "The workflow could not be created. Causes: the machine type g2-standard-8 is not in the zone",
-        ),
-        (
-            403,
-            "PERMISSION_DENIED",
-            "Current user cannot act as service account worker@my-project.iam.gserviceaccount.com",
-        ),
-        (404, "NOT_FOUND", "Project my-project was not found"),
-        (409, "ALREADY_EXISTS", "There is already an active job named my-own-name"),
-        (429, "RESOURCE_EXHAUSTED", "Quota NVIDIA_L4_GPUS exceeded in europe-west4"),
-        (503, "UNAVAILABLE", "The service is currently unavailable"),
-    ],
-)
+REFUSALS = {
+    400: ("INVALID_ARGUMENT", "The workflow could not be created. Causes: the machine type is not in the zone"),
+    403: ("PERMISSION_DENIED", "Current user cannot act as service account worker@my-project.iam.gserviceaccount.com"),
+    404: ("NOT_FOUND", "Project my-project was not found"),
+    409: ("ALREADY_EXISTS", "There is already an active job named my-own-name"),
+    429: ("RESOURCE_EXHAUSTED", "Quota NVIDIA_L4_GPUS exceeded in europe-west4"),
+    503: ("UNAVAILABLE", "The service is currently unavailable"),
+}
+
+
+@pytest.mark.parametrize("code", REFUSALS)
 def test_a_refused_job_is_one_message(
-    service: Any,
-    store: Store,
-    capsys: pytest.CaptureFixture,
-    caplog: pytest.LogCaptureFixture,
-    code: int,
-    status: str,
-    message: str,
+    service: Any, store: Store, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
     """What the person, or who gives permissions, can mend ends with 2; what may be gone later with 1."""
+    status, message = REFUSALS[code]
     service.refusal = code, status, message
     assert build(service, catalog(store, "refused")) == (2 if code < 429 else 1)
     told = capsys.readouterr().err
@@ -404,6 +421,21 @@ def test_a_bucket_that_is_not_there(service: Any, store: Store, capsys: pytest.C
     assert "does not exist" in error and "name a bucket that is there" in error
 
 
+def test_an_account_is_used(service: Any, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A service account's key, whose tokens come from this machine too."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    account = {"type": "service_account", "client_email": "launcher@my-project.iam.gserviceaccount.com", "private_key": pem,
+               "private_key_id": "1", "token_uri": f"{service.url}/token", "project_id": "my-project"}  # fmt: skip
+    (tmp_path / "key.json").write_text(json.dumps(account))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    for name in ("_credentials_init", "_credentials"):  # Beam asks once a process
+        monkeypatch.setattr(auth._Credentials, name, None)
+    service.work = refuse_to_work
+    assert build(service, catalog(store, "account"), is_anonymous=False) == 1
+    assert len(service.jobs) == 1 and "Bearer" in service.authorizations
+
+
 def test_nobody(
     service: Any, store: Store, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -428,6 +460,31 @@ def test_a_template_is_written_and_its_job_finds_the_plan(service: Any, store: S
     service.jobs.append(job)
     service_module.run_here(service)
     assert len(identities(place, store)) == 6
+
+
+def test_the_launcher_of_the_flex_template(service: Any, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its flags as Google's launcher gives them, with the parameters that the metadata declare."""
+    metadata = json.loads((FLEX_TEMPLATE / "metadata.json").read_text())
+    parameters = {"input": "gs://photos/corpus/*.tar", "catalog": catalog(store, "flex"), "sdk_container_image": IMAGE,
+                  "model": "python:tests.toys", "device": "cuda", "dtype": "bfloat16"}  # fmt: skip
+    assert set(parameters) == {each["name"] for each in metadata["parameters"]}
+    for each in metadata["parameters"]:
+        assert all(re.fullmatch(regex, parameters[each["name"]]) for regex in each.get("regexes", []))
+    flags = [
+        "--runner=DataflowRunner", "--project=my-project", "--region=europe-west4", "--job_name=nightly",
+        "--temp_location=gs://photos/temp", "--template_location=gs://photos/templates/flex", "--no_auth",
+        "--storage_options", json.dumps({"token": "anon"}), f"--dataflow_endpoint={service.url}",
+    ]  # fmt: skip
+    monkeypatch.setattr(
+        sys, "argv", ["launch.py", *(f"--{name}={value}" for name, value in parameters.items()), *flags]
+    )
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FLEX_TEMPLATE / "launch.py"), run_name="__main__")
+    assert ended.value.code == 0
+    job = dataflow.Job.from_json(storage.read_bytes("gs://photos/templates/flex", store.options))
+    assert job.name == "nightly" and list(job.environment.service_options) == [L4]
+    assert "no_use_multiple_sdk_containers" in job.environment.experiments
+    assert len(planned(job, store)) == 2
 
 
 # --- other commands ------------------------------------------------------------------------------

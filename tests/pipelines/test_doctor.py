@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,3 +132,12 @@ def test_without_heavy_packages_it_says_which() -> None:
     for name in ("torch", "faiss", "onnxruntime", "Apache Beam"):
         assert f"  PROBLEM {name} " in done.stdout
     assert "cannot be imported: ImportError: no torch here" in done.stdout
+
+
+def test_nobody_is_told_what_is_run(tmp_path: Path) -> None:
+    """ONNX Runtime keeps a number of the machine in the user's cache where it may send what it sees."""
+    code = "import vlm_ops, onnxruntime, os, sys; sys.exit(os.environ['ORT_DISABLE_TELEMETRY'] != '1')"
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not list(tmp_path.rglob("*onnxruntime*"))

@@ -134,6 +134,8 @@ def test_printed_flags_are_those_that_beam_is_given_and_nothing_is_done(
         (["--runner", "dataflow", *DATAFLOW[:2], DATAFLOW[3]], "--temp_location is missing"),
         (["--runner", "dataflow", *DATAFLOW, "--temp_location=/tmp"], "--temp_location=/tmp: must be in a bucket"),
         (["--runner", "dataflow", *DATAFLOW, "--job_name=My Job"], "--job_name=My Job: must be of a-z, 0-9 and -"),
+        (["--runner", "dataflow", *DATAFLOW, "--region=europe-west4-a"], "europe-west4-a is a zone; give --region=europe-west4"),
+        (["--runner", "dataflow", *DATAFLOW, "--device", "cuda", "--machine_type=a2-highgpu-1g"], "1 nvidia-l4 on a2-highgpu-1g, which does not take it"),
         (["--runner", "dataflow", *DATAFLOW, "--nonsense=1"], "unknown flag '--nonsense=1'"),
         (["--runner", "dataflow", *DATAFLOW, "--input", "photos/"], "cannot see 'photos/' of this machine; give --input a place"),
         (["--runner", "dataflow", *DATAFLOW, "--catalog", "mine"], "cannot see 'mine' of this machine; give CATALOG a place"),

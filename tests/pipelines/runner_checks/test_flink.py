@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipelines.cli import main
 from pipelines.runner_checks.flink import (
+    cancel_job,
     check_artifacts,
     check_environment,
     check_flink,
@@ -22,7 +24,7 @@ from pipelines.runner_checks.flink import (
     judge_slots,
     judge_version,
 )
-from pipelines.runner_checks.images import judge_image
+from pipelines.runner_checks.images import describe_image, judge_image
 from vlm_ops.diagnosis import Finding
 
 
@@ -32,7 +34,13 @@ def master() -> Iterator[str]:
     pages = {
         "/config": {"flink-version": "1.19.3"},
         "/overview": {"taskmanagers": 2, "slots-total": 4, "slots-available": 3},
-    }
+        "/jobs/overview": {"jobs": [
+            {"jid": "a1", "name": "mine", "end-time": 1700000000000}, {"jid": "a2", "name": "mine", "end-time": -1},
+            {"jid": "b1", "name": "other", "end-time": -1}, {"jid": "c1", "name": "twins", "end-time": -1},
+            {"jid": "c2", "name": "twins", "end-time": -1},
+        ]},
+    }  # fmt: skip
+    cancelled: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -40,6 +48,12 @@ def master() -> Iterator[str]:
             self.send_response(200)
             self.end_headers()
             self.wfile.write(body)
+
+        def do_PATCH(self) -> None:
+            pages["/cancelled"] = cancelled
+            cancelled.append(self.path)
+            self.send_response(202)
+            self.end_headers()
 
         def log_message(self, *_: object) -> None:
             pass
@@ -89,6 +103,15 @@ def test_what_is_missing_is_told_with_its_remedy(
     assert found["master"]["told"].endswith("but the job server is for Flink 1.20")
     assert "--flink_version=1.19" in found["master"]["remedy"]
     assert found["worker pool"]["status"] == "problem" and "--worker_pool" in found["worker pool"]["remedy"]
+
+
+def test_the_job_of_a_name_is_cancelled_and_no_other(master: str) -> None:
+    cancel_job(master, "mine")
+    cancel_job(master, "nobody's")
+    with pytest.raises(ValueError, match="2 jobs are called twins; cancel the right one at http://127.0.0.1:"):
+        cancel_job(master, "twins")
+    with urllib.request.urlopen(f"http://{master}/cancelled") as answer:
+        assert json.load(answer) == ["/jobs/a2?mode=cancel"]
 
 
 def test_a_master_that_does_not_answer() -> None:
@@ -149,6 +172,9 @@ def test_environments(tmp_path: Path) -> None:
     found = check_environment("PROCESS", json.dumps({"command": str(tmp_path / "boot")}), None, False)
     assert found.status == "problem" and "is not executable" in found.told
     assert status("EXTERNAL", None, None) == "problem"
+    elsewhere = check_environment("EXTERNAL", "localhost:50000", None, False, is_here=False)
+    assert elsewhere.status == "unknown" and "each TaskManager's host" in elsewhere.told, "a sidecar"
+    assert check_environment("PROCESS", '{"command": "/no/boot"}', None, False, is_here=False).status == "unknown"
     assert status("SOMETHING", None, None) == "problem"
 
 
@@ -163,3 +189,13 @@ def test_labels_of_an_image() -> None:
     assert judge_image("image", "i", {}).status == "unknown"
     other = judge_image("image", "i", {**here, "org.apache.beam.version": "2.1.0"})
     assert other.status == "problem" and "2.1.0" in other.told and beam.__version__ in other.told
+
+
+def test_an_image_is_looked_for_by_podman_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = {"docker": "exit 1", "podman": '[ "$5" = mine ] && echo \'{"org.apache.beam.version": "2.1.0"}\''}
+    for name, does in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "does not say what is in it" in describe_image("image", "mine").told
+    assert "other is not on this machine" in describe_image("image", "other").told
