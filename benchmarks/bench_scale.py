@@ -84,7 +84,7 @@ FILES_PER_PACK = 1000
 NAMES_PER_FILE = 50_000  # a file system allows one file only so many
 LATENCY_SEC = 0.02
 NUM_VECTORS, DIMENSIONS = 100_000, 384
-# Of the last two, bytes alone are of interest: with few lists they are trained in seconds.
+# Of the last two, bytes alone are of interest: so a few vectors are enough to train on.
 FACTORIES = ("IDMap2,Flat", f"IVF{4 * isqrt(NUM_VECTORS)},Flat", "IVF64,SQ8", "IVF64,PQ96x8")
 READ = ReadConfig(10**8)
 LOCAL = ["--runner=FnApiRunner", "--direct_running_mode=multi_threading"]
@@ -472,7 +472,7 @@ def step_index(night: Night) -> Figures:
         index = faiss.index_factory(DIMENSIONS, factory, faiss.METRIC_INNER_PRODUCT)
         is_small = "IVF64" in factory
         with timed(figures, f"{factory} train"):
-            index.train(vectors[: 10_000 if is_small else 64 * 4 * isqrt(NUM_VECTORS)])
+            index.train(vectors[: 1_000 if is_small else 64 * 4 * isqrt(NUM_VECTORS)])
         with timed(figures, f"{factory} add"):
             index.add_with_ids(vectors, np.arange(NUM_VECTORS))
         figures[f"{factory} bytes a vector"] = len(faiss.serialize_index(index)) / NUM_VECTORS

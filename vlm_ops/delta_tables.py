@@ -104,8 +104,8 @@ def read_columns(
     def read(part: LivePart) -> pa.Table:
         with fs.open(f"{uri}/{part.name}", "rb") as file:
             parquet = pq.ParquetFile(file)
-            present = [name for name in columns if name in parquet.schema_arrow.names]
-            return parquet.read(columns=present)
+            names = set(parquet.schema_arrow.names)
+            return parquet.read(columns=[name for name in columns if name in names])
 
     if storage.is_local(uri):
         yield from ((part, read(part)) for part in parts)

@@ -201,7 +201,7 @@ def test_moved_and_resharded_images_are_copied(night: Night, monkeypatch: pytest
         np.testing.assert_allclose(second[new]["image_embedding"], first[old]["image_embedding"], atol=1e-5)
         assert second[new]["labels"] == first[old]["labels"] and second[new]["uri"] != first[old]["uri"]
         assert second[new]["duplicate_of"] is None  # the first one has left with this run
-    assert not list(night.catalog.rglob("contents.arrow"))
+    assert not list(night.catalog.rglob("contents.arrow")) and not list(night.catalog.rglob("work.jsonl.gz"))
 
 
 def test_a_copy_names_the_first_one(night: Night) -> None:

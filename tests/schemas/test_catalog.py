@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from schemas.catalog import INDEX_MANIFEST, RUN_REPORT, CatalogLayout, PartName, parse_part_name, part_name
+from schemas.catalog import (
+    INDEX_MANIFEST,
+    RUN_REPORT,
+    CatalogLayout,
+    PartName,
+    is_data_file,
+    parse_part_name,
+    part_name,
+)
 from schemas.samples import FileRef, ShardRef
 
 RECIPE_ID = "0123456789ab"
@@ -48,3 +56,10 @@ def test_foreign_names_are_nobodys_parts(name: str) -> None:
 def test_what_a_part_name_tells() -> None:
     name = f"part-s{'0' * 16}-{'1' * 12}-{RECIPE_ID}.parquet"
     assert parse_part_name(name) == PartName(f"s{'0' * 16}", "1" * 12, RECIPE_ID)
+
+
+@pytest.mark.parametrize("name", ["contents.arrow", "work.jsonl.gz"])
+def test_what_a_killed_run_leaves_may_be_deleted(name: str) -> None:
+    run = "runs/20261123T144022360-56a9d1"
+    assert is_data_file(f"{run}/{name}") and is_data_file(f"{run}/.{name}.0123abcd.tmp")
+    assert not is_data_file(f"{run}/manifest.json") and not is_data_file(f"runs/of-somebody/{name}")
