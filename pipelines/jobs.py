@@ -49,7 +49,7 @@ def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
     is_dataflow = options.view_as(StandardOptions).runner == "DataflowRunner"
     shown = sys.stderr if os.environ.get("BEAMSIGHT_DEBUG") else io.StringIO()
     told = told_in_one_line() if is_dataflow else contextlib.nullcontext()
-    with contextlib.redirect_stderr(shown), _job_server_of(pipeline.runner), told:
+    with contextlib.redirect_stderr(shown), _job_server_of(pipeline.runner), told, _terminated_as_interrupted(options):
         if is_dataflow:
             check_staging(options)
         result = pipeline.run()
@@ -64,9 +64,32 @@ def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
         except KeyboardInterrupt:
             _cancel(result, options)
             raise
+        except RuntimeError as error:
+            if "JobCancellationException" in str(error):  # Flink's, with Java's traceback
+                raise RuntimeError("the job was cancelled") from error
+            raise
     if state not in (PipelineState.DONE, None):
         raise RuntimeError(f"the job ended in the state {state}")
     return result
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted(options: PipelineOptions) -> Iterator[None]:
+    """Whoever ends the command by SIGTERM, as schedulers do, means its job on other machines too. Work in this process just
+    ends."""
+    is_here = options.view_as(StandardOptions).runner == "FnApiRunner"
+    if is_here or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -69,7 +70,7 @@ def _local(num_threads: int) -> list[str]:
 def _remote(command: str) -> list[str]:
     """What holds wherever others compute: workers have Beamsight installed, and run one process a machine, so that models
     are loaded once."""
-    name = f"beamsight-{command}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    name = f"beamsight-{command}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     return [f"--job_name={name}", "--no_save_main_session", "--sdk_worker_parallelism=1"]
 
 

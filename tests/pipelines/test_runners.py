@@ -53,7 +53,7 @@ def test_flink_has_one_process_a_task_manager() -> None:
     assert "--sdk_worker_parallelism=1" in flags and flags[-2:] == list(FLINK)
     options = PipelineOptions(flags)
     assert options.view_as(StandardOptions).runner == "FlinkRunner"
-    assert re.fullmatch(r"beamsight-tag-\d{8}-\d{6}", options.view_as(GoogleCloudOptions).job_name)
+    assert re.fullmatch(r"beamsight-tag-\d{8}-\d{6}-[0-9a-f]{4}", options.view_as(GoogleCloudOptions).job_name)
     assert options.view_as(SetupOptions).save_main_session is False
 
 
