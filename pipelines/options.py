@@ -851,6 +851,8 @@ class _Parser(argparse.ArgumentParser):
         others = {name: value for name, value in values.items() if name not in own}
         if others and not self.takes_beam_flags:
             self._fail_unknown(path, next(iter(others)))
+        if dashed := next((name for name in others if name.startswith("-")), None):
+            self.error(f"{path}: {dashed}: flags stand there without their dashes")
         given = {own[name].dest: self._value(path, name, own[name], values[name]) for name in values if name in own}
         if others and (self._split_off("--runner", args)[0] or given.get("runner", "local")) == "local":
             self._check_beam_flags(path, others)
@@ -953,12 +955,28 @@ class _Parser(argparse.ArgumentParser):
         from pipelines.runners import unknown_beam_args
 
         for name, value in values.items():
-            if unknown_beam_args(self._beam_args(path, name, value)):
+            try:
+                unknown = unknown_beam_args(self._beam_args(path, name, value))
+            except ValueError as error:
+                self.error(f"{path}: {name}: {error}")
+            if unknown:
                 self._fail_unknown(path, name)
+
+    def _beam_switch(self, path: str, name: str, value: bool) -> list[str]:
+        from pipelines.runners import beam_actions
+
+        actions = beam_actions()
+        if (action := actions.get(f"--{name}")) and action.nargs != 0:
+            self.error(
+                f"{path}: {name}: must be a value, got the switch {json.dumps(value)}; put it in quotes if it is a text"
+            )
+        if value:
+            return [f"--{name}"]
+        return [f"--no_{name}"] if f"--no_{name}" in actions else []
 
     def _beam_args(self, path: str, name: str, value: Any) -> list[str]:
         if isinstance(value, bool):
-            return [f"--{name}"] if value else []
+            return self._beam_switch(path, name, value)
         if value is None:
             self.error(f"{path}: {name}: has no value")
         if isinstance(value, list):
@@ -1180,7 +1198,7 @@ def _add_running(parser: _Parser) -> None:
 def _add_runner(parser: _Parser) -> argparse._ArgumentGroup:
     parser.takes_beam_flags = True
     group = parser.add_argument_group("running", "Any other flag goes to Apache Beam.")
-    group.add_argument("--runner", default="local",
+    group.add_argument("--runner", default="local", type=_runner,
         help="local, flink, dataflow, or the name of a Beam runner, whose flags are then all given (default: %(default)s)")  # fmt: skip
     return group
 
@@ -1198,29 +1216,43 @@ def _check_running(parser: argparse.ArgumentParser, args: argparse.Namespace, be
         runner=args.runner, num_threads=args.num_threads, device=device, beam_args=tuple(beam_args)
     )
     if prints:
-        print("\n".join(beam_flags(command, options)))
+        print("\n".join(map(shlex.quote, beam_flags(command, options))))
         parser.exit()
     places = [("CATALOG", args.catalog), *(("--input", pattern) for pattern in getattr(args, "input", ()))]
     try:
         check_flags(command, options, places)
-    except (ValueError, ModuleNotFoundError) as error:
+    except ValueError as error:
         parser.error(f"--runner {args.runner}: {error}")
 
 
 def _check_unknown(parser: argparse.ArgumentParser, args: argparse.Namespace, beam_args: list[str]) -> None:
     """Flags that neither we nor Beam know are typing errors. Flink's job server has flags of its own, which only it can
-    check; so only what is nearly one of ours is refused."""
-    if not beam_args or args.runner not in ("local", "flink", "dataflow"):
+    check; so only what is nearly a known one is refused."""
+    if not beam_args and args.runner == "local":
         return
-    from pipelines.runners import unknown_beam_args
+    from pipelines.runners import PRESETS, beam_actions, check_runner, unknown_beam_args
 
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    for flag in unknown_beam_args(beam_args):
-        close = difflib.get_close_matches(flag.partition("=")[0], flags, 1)
+    try:
+        check_runner(args.runner)
+        unknown = unknown_beam_args(beam_args)
+    except ValueError as error:
+        parser.error(str(error))
+    own = [flag for action in parser._actions for flag in action.option_strings]
+    for flag in unknown if args.runner in PRESETS else ():
+        close = difflib.get_close_matches(flag.partition("=")[0], [*own, *beam_actions()], 1, cutoff=0.8)
         if args.runner != "flink" or (close and flag.startswith("--")):
             parser.error(f"unknown flag {flag!r}" + (f"; did you mean {close[0]}?" if close else ""))
-    if args.runner == "local" and any(flag.partition("=")[0] == "--num_workers" for flag in beam_args):
+    if (
+        args.runner == "local"
+        and "--num_threads" in own
+        and any(flag.partition("=")[0] == "--num_workers" for flag in beam_args)
+    ):
         parser.error("--num_workers is of Dataflow's machines; did you mean --num_threads?")
+
+
+def _runner(text: str) -> str:
+    """Presets in whatever case; the names of Beam's runners as they are."""
+    return text.lower() if text.lower() in ("local", "flink", "dataflow") else text
 
 
 def _number(kind: Callable[[str], Any], must: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import re
+import difflib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from apache_beam.options.pipeline_options import (
     DebugOptions,
-    FlinkRunnerOptions,
     GoogleCloudOptions,
     PipelineOptions,
-    PortableOptions,
-    WorkerOptions,
 )
 from apache_beam.runners.portability.fn_api_runner import worker_handlers
+from apache_beam.runners.runner import _RUNNER_MAP
 
-from pipelines.runner_checks.flink import EMBEDDED, check_job_server, check_master
-from vlm_ops import storage
+from pipelines.runner_checks.dataflow import judge_flags
+from pipelines.runner_checks.flink import check_flink
 from vlm_ops.cores import usable_cores
+from vlm_ops.diagnosis import Finding
 
 if TYPE_CHECKING:
     from pipelines.options import RunningOptions
 
+PRESETS = ("local", "flink", "dataflow")
 # What a Dataflow worker with a GPU is, unless other flags say so: one L4 with 24 GB, and the cores to decode for it.
 _GPU_MACHINE = ("--machine_type=g2-standard-8",)
 _GPU = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
@@ -115,82 +115,56 @@ def check_flags(command: str, options: RunningOptions, places: Sequence[tuple[st
         places: Flags that name what workers read and write, with their values.
 
     Raises:
-        ValueError: Something that the runner needs was not given.
-        ModuleNotFoundError: A package that the runner needs is not installed.
+        ValueError: Something that the runner needs is missing, or is not as it must be.
     """
+    findings: Iterable[Finding] = ()
     if options.runner == "flink":
-        _check_flink(beam_options(command, options))
+        findings = check_flink(beam_options(command, options))
     elif options.runner == "dataflow":
-        _check_dataflow(beam_options(command, options), places)
+        findings = judge_flags(beam_options(command, options), places)
+    if problem := next((each for each in findings if each.status == "problem"), None):
+        raise ValueError(f"{problem.name}: {problem.told}; {problem.remedy}")
 
 
-def _check_flink(options: PipelineOptions) -> None:
-    portable = options.view_as(PortableOptions)
-    is_embedded = options.view_as(FlinkRunnerOptions).flink_master in EMBEDDED
-    image = options.view_as(WorkerOptions).sdk_container_image or portable.environment_config
-    if not is_embedded and portable.environment_type in (None, "DOCKER") and not image:
-        raise ValueError(
-            "Flink's workers have no Beamsight; give --sdk_container_image=IMAGE, --environment_type=EXTERNAL with "
-            "--environment_config=HOST:PORT of a worker pool, or --environment_type=PROCESS (docs/flink.md)"
-        )
-    if portable.job_endpoint:  # what is to be seen from there is not seen from here
-        return
-    # Beam would try for more than a minute.
-    flink = options.view_as(FlinkRunnerOptions)
-    job_server, speaks = check_job_server(flink.flink_job_server_jar, flink.flink_version)
-    found = [job_server, *(() if is_embedded else check_master(flink.flink_master, speaks or flink.flink_version))]
-    if problem := next((each for each in found if each.status == "problem"), None):
-        raise ValueError(f"{problem.told}; {problem.remedy}")
-
-
-def _check_dataflow(options: PipelineOptions, places: Sequence[tuple[str, str]]) -> None:
-    for flag, place in places:
-        check_seen_everywhere(flag, place)
-    try:
-        from apache_beam.runners.dataflow.internal import apiclient  # noqa: F401
-    except ImportError as error:
-        raise ModuleNotFoundError(f"{error}; pip install 'beamsight[dataflow]'") from error
-    if not options.view_as(WorkerOptions).sdk_container_image:
-        raise ValueError(
-            "Dataflow's workers have no Beamsight; give --sdk_container_image=REGION-docker.pkg.dev/... (docs/dataflow.md)"
-        )
-    # What Beam would look up in the network, or miss only once the inputs are listed.
-    cloud = options.view_as(GoogleCloudOptions)
-    for name, example in (("project", "PROJECT-ID"), ("region", "europe-west4"), ("temp_location", "gs://BUCKET/tmp")):
-        if not getattr(cloud, name):
-            raise ValueError(f"--{name} is missing; give one, such as --{name}={example}")
-    if not str(cloud.temp_location).startswith("gs://"):
-        raise ValueError(f"--temp_location={cloud.temp_location}: must be in a bucket, such as gs://BUCKET/tmp")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", cloud.job_name):
-        raise ValueError(
-            f"--job_name={cloud.job_name}: must be of a-z, 0-9 and -, begin with a letter and not end with -"
-        )
-    from pipelines.runner_checks.dataflow import judge_accelerator, judge_region  # which knows this module
-
-    machine = options.view_as(WorkerOptions).machine_type
-    for each in (judge_region(cloud.region), judge_accelerator(cloud.dataflow_service_options or (), machine)):
-        if each.status == "problem":
-            raise ValueError(f"{each.told}; {each.remedy}")
-
-
-def check_seen_everywhere(flag: str, place: str) -> None:
+def check_runner(name: str) -> None:
     """Raises:
-    ValueError: The place is of this machine alone.
+    ValueError: It is no preset, no runner of Beam, and no class of somebody's (`package.module.Class`).
     """
-    if storage.is_local(place):
+    known = [*PRESETS, *(path.rpartition(".")[2] for path in _RUNNER_MAP.values())]
+    if name not in known and name.lower() not in _RUNNER_MAP and "." not in name:
+        close = difflib.get_close_matches(name.lower(), known, 1)
         raise ValueError(
-            f"Dataflow's workers cannot see {place!r} of this machine; give {flag} a place in a bucket, such as gs://BUCKET/..."
+            f"unknown runner {name!r}; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}")
         )
+
+
+def beam_actions() -> dict[str, argparse.Action]:
+    """What Beam's flags are, by their names with dashes."""
+    return {flag: action for action in _beam_parser()._actions for flag in action.option_strings}
 
 
 def unknown_beam_args(beam_args: Sequence[str]) -> list[str]:
-    """Those flags that no option class of Beam knows."""
-    parser = argparse.ArgumentParser(add_help=False, conflict_handler="resolve", allow_abbrev=False)
+    """Those flags that no option class of Beam knows.
+
+    Raises:
+        ValueError: The value of a known one is wrong.
+    """
+    _, unknown = _beam_parser().parse_known_args(list(beam_args))
+    return unknown
+
+
+class _OneLine(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raised, where Beam's own parser would print its hundred lines of usage."""
+        raise ValueError(message)
+
+
+def _beam_parser() -> argparse.ArgumentParser:
+    parser = _OneLine(add_help=False, conflict_handler="resolve", allow_abbrev=False)
     classes: list[type[PipelineOptions]] = [PipelineOptions]
     while classes:
         current = classes.pop()
         classes += current.__subclasses__()
         if "_add_argparse_args" in vars(current):
             current._add_argparse_args(parser)  # type: ignore[arg-type]
-    _, unknown = parser.parse_known_args(list(beam_args))
-    return unknown
+    return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +11,8 @@ from typing import Any
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, WorkerOptions
 
 from pipelines.runner_checks.images import describe_image
-from pipelines.runners import check_seen_everywhere
-from vlm_ops.diagnosis import Finding, one_line, refused
+from vlm_ops import storage
+from vlm_ops.diagnosis import Finding, one_line
 from vlm_ops.diagnosis.places import ANSWER_SEC, check_place, within
 
 # Which machines take which card, by the beginning of their names (https://cloud.google.com/dataflow/docs/gpu/gpu-support and
@@ -30,6 +31,7 @@ ACCELERATORS: dict[str, tuple[str, ...]] = {
 # Machines come with so many cards: an A2 or A3 says it, a G2 by its cores; an N1 takes as many as it is given
 # (https://cloud.google.com/compute/docs/accelerator-optimized-machines).
 _CARDS_OF_G2 = {"24": 2, "48": 4, "96": 8}
+_ACCELERATOR_FIELDS = {"type", "count", "install-nvidia-driver", "use_nvidia_mps"}
 _DOCS = "docs/dataflow.md"
 
 
@@ -41,33 +43,58 @@ def check_dataflow(
     Args:
         places: Flags that name what workers read and write, with their values.
     """
-    cloud, workers = options.view_as(GoogleCloudOptions), options.view_as(WorkerOptions)
-    yield _check_packages()
-    yield judge_project(cloud.project)
-    yield judge_region(cloud.region)
+    cloud = options.view_as(GoogleCloudOptions)
+    yield from judge_flags(options, places)
     if cloud.no_auth:
         yield Finding("account", "ok", "none is asked for (--no_auth)")
     else:
         yield _check_account()
-    if not cloud.temp_location:
-        remedy = "give --temp_location=gs://BUCKET/tmp, in the region of the job"
-        yield Finding("bucket", "problem", "no --temp_location, where the job is staged", remedy)
-    elif not cloud.temp_location.startswith("gs://"):
-        remedy = "give --temp_location=gs://BUCKET/tmp"
-        yield Finding("bucket", "problem", f"--temp_location={cloud.temp_location} is not in a bucket", remedy)
-    else:
+    if str(cloud.temp_location).startswith("gs://"):
         yield from check_place("bucket", cloud.temp_location, storage_options)
+
+
+def judge_flags(options: PipelineOptions, places: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    """What can be told of the flags alone, without any network."""
+    cloud, workers = options.view_as(GoogleCloudOptions), options.view_as(WorkerOptions)
+    yield from judge_places(places)
+    yield _check_packages()
+    yield judge_project(cloud.project)
+    yield judge_region(cloud.region)
+    yield judge_job_name(cloud.job_name)
+    yield from judge_staging(cloud.temp_location, cloud.staging_location)
     if not workers.sdk_container_image:
+        told = "none is named, and Dataflow's workers have no Beamsight"
         remedy = f"give --sdk_container_image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/beamsight:TAG ({_DOCS})"
-        yield Finding("image", "problem", "none is named, and Beam's own has no Beamsight", remedy)
+        yield Finding("image", "problem", told, remedy)
     else:
         yield describe_image("image", workers.sdk_container_image)
-    for flag, place in places:
-        try:
-            check_seen_everywhere(flag, place)
-        except ValueError as error:
-            yield refused(flag.lstrip("-"), error)
     yield judge_accelerator(cloud.dataflow_service_options or (), workers.machine_type)
+
+
+def judge_places(places: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    """Paths that are of this machine alone."""
+    for flag, place in places:
+        if storage.is_local(place):
+            told = f"Dataflow's workers cannot see {place!r} of this machine"
+            yield Finding(
+                flag.lstrip("-"), "problem", told, f"give {flag} a place in a bucket, such as gs://BUCKET/..."
+            )
+
+
+def judge_staging(temp_location: str | None, staging_location: str | None) -> Iterator[Finding]:
+    if not temp_location:
+        remedy = "give --temp_location=gs://BUCKET/tmp, in the region of the job"
+        yield Finding("bucket", "problem", "--temp_location is missing, where the job is staged", remedy)
+    for flag, place in (("temp_location", temp_location), ("staging_location", staging_location)):
+        if place and not place.startswith("gs://"):
+            yield Finding("bucket", "problem", f"--{flag}={place} is not in a bucket", f"give --{flag}=gs://BUCKET/tmp")
+
+
+def judge_job_name(name: str | None) -> Finding:
+    if name and not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        remedy = "give one of a-z, 0-9 and -, that begins with a letter and does not end with -"
+        return Finding("job name", "problem", f"--job_name={name} is none that Dataflow takes", remedy)
+    return Finding("job name", "ok", name or "made up by Beam")
 
 
 def _check_packages() -> Finding:
@@ -81,7 +108,7 @@ def _check_packages() -> Finding:
 def judge_project(project: str | None) -> Finding:
     """By the rules of names (https://cloud.google.com/resource-manager/docs/creating-managing-projects)."""
     if not project:
-        return Finding("project", "problem", "none is named", "give --project=PROJECT-ID")
+        return Finding("project", "problem", "--project is missing", "give one, such as --project=PROJECT-ID")
     if not re.fullmatch(r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", project):
         remedy = "give the project's id (6 to 30 of a-z, 0-9 and -), not its name or number"
         return Finding("project", "problem", f"{project!r} is no project id", remedy)
@@ -90,7 +117,7 @@ def judge_project(project: str | None) -> Finding:
 
 def judge_region(region: str | None) -> Finding:
     if not region:
-        return Finding("region", "problem", "none is named", "give --region, such as --region=europe-west4")
+        return Finding("region", "problem", "--region is missing", "give one, such as --region=europe-west4")
     if re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", region):
         remedy = f"give --region={region[:-2]}, and --worker_zone={region} if it must be this one"
         return Finding("region", "problem", f"{region} is a zone", remedy)
@@ -120,30 +147,36 @@ def judge_accelerator(service_options: Sequence[str], machine_type: str | None) 
     """
     found = [each.partition("=")[2] for each in service_options if each.startswith("worker_accelerator=")]
     if not found:
-        if machine_type and machine_type.startswith(("g2-", "a2-", "a3-")):
+        if machine_type and machine_type.startswith(("g2-", "g4-", "a2-", "a3-", "a4-")):
             remedy = "give --device cuda, or a machine without a card"
             return Finding("accelerator", "problem", f"{machine_type} has cards, but none is asked for", remedy)
         told = f"none; machines are {machine_type or 'of the default type'}"
         return Finding("accelerator", "ok", told)
     text = found[-1]
     remedy = f"write worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver, in quotes for the shell ({_DOCS})"
-    match = re.fullmatch(
-        r"type:([a-z0-9-]+);count:([1-9]\d*)(;install-nvidia-driver(?::[a-z0-9.]+)?)?(?:;use_nvidia_mps)?", text
-    )
-    if not match:
+    values = {name: value for name, _, value in (part.partition(":") for part in text.split(";"))}
+    kind, count = values.get("type", ""), values.get("count", "")
+    if (
+        values.keys() - _ACCELERATOR_FIELDS
+        or not re.fullmatch(r"[a-z0-9-]+", kind)
+        or not re.fullmatch(r"[1-9]\d*", count)
+    ):
         return Finding("accelerator", "problem", f"{text!r} is no accelerator", remedy)
-    kind, count, driver = match.groups()
     machines = ACCELERATORS.get(kind)
-    told = f"{count} {kind} on {machine_type or 'the default machine'}"
+    told = f"{count} {kind} on {machine_type or 'a machine of the default type'}"
     if machines is None:
-        return Finding("accelerator", "warning", f"{told}; Beamsight does not know such a card", f"known: {', '.join(ACCELERATORS)}")  # fmt: skip
+        close = difflib.get_close_matches(kind, ACCELERATORS, 1)
+        told = f"{told}; Beamsight does not know such a card"
+        if close:
+            return Finding("accelerator", "problem", told, f"did you mean type:{close[0]}?")
+        return Finding("accelerator", "warning", told, f"known: {', '.join(ACCELERATORS)}")
     if not (machine_type or "n1-standard-1").startswith(machines):
         wanted = " or ".join(f"{each}..." for each in machines)
         return Finding("accelerator", "problem", f"{told}, which does not take it", f"give --machine_type={wanted}")
     if (has := _num_cards(machine_type or "")) not in (None, int(count)):
         remedy = f"write count:{has}, or take a machine with {count}"
         return Finding("accelerator", "problem", f"{told}, which has {has}", remedy)
-    if driver is None:
+    if "install-nvidia-driver" not in values:
         return Finding("accelerator", "problem", f"{told}, without a driver", "add ;install-nvidia-driver")
     return Finding("accelerator", "ok", told)
 

@@ -8,9 +8,11 @@ import re
 import shutil
 import socket
 import subprocess
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +33,7 @@ from vlm_ops.diagnosis.places import ANSWER_SEC, check_folder
 EMBEDDED = ("[auto]", "[local]")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _DOCS = "docs/flink.md"
+_MASTER_REMEDY = "start the cluster, or give its REST address: --flink_master=HOST:8081"
 
 
 def check_flink(options: PipelineOptions) -> Iterator[Finding]:
@@ -85,7 +88,7 @@ def check_job_server(jar: str | None, flink_version: str) -> tuple[Finding, str 
     except FileNotFoundError:
         remedy = "fetch beam-runners-flink-VERSION-job-server from Maven Central, or leave out --flink_job_server_jar"
         return Finding("job server", "problem", f"there is no {jar}", remedy), None
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
+    except (OSError, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
         told = f"{jar} is no job server of Beam for Flink: {one_line(error)}"
         return Finding("job server", "problem", told, "fetch beam-runners-flink-VERSION-job-server again"), None
     told = f"Beam {server} for Flink {speaks}, {jar}"
@@ -122,12 +125,18 @@ def check_master(master: str, speaks: str) -> Iterator[Finding]:
     url = _url(master)
     try:
         config, overview = (_get(f"{url}/{page}") for page in ("config", "overview"))
-    except (OSError, ValueError) as error:
-        remedy = "start the cluster, or give its REST address: --flink_master=HOST:8081"
-        yield Finding("master", "problem", f"{url} does not answer: {getattr(error, 'reason', error)}", remedy)
-        return
-    yield judge_version(url, str(config.get("flink-version", "")), speaks)
-    yield judge_slots(overview)
+        version = config["flink-version"]
+    except (ConnectionError, TimeoutError, urllib.error.URLError) as error:
+        is_there = isinstance(error, urllib.error.HTTPError)
+        told = (
+            f"{url} {'answers, but is no Flink' if is_there else 'does not answer'}: {getattr(error, 'reason', error)}"
+        )
+        yield Finding("master", "problem", told, _MASTER_REMEDY)
+    except (OSError, ValueError, HTTPException, KeyError, TypeError) as error:
+        yield Finding("master", "problem", f"{url} is no Flink: {one_line(error)}", _MASTER_REMEDY)
+    else:
+        yield judge_version(url, str(version), speaks)
+        yield judge_slots(overview)
 
 
 def judge_version(url: str, version: str, speaks: str) -> Finding:
@@ -177,6 +186,8 @@ def check_artifacts(folder: str | None, is_here: bool) -> Finding:
         return Finding("artifacts", "problem", told, remedy)
     if "://" in folder:
         return Finding("artifacts", "unknown", f"{folder}; whether the TaskManagers can read it is seen in a run")
+    if not Path(folder).is_dir():
+        return Finding("artifacts", "problem", f"there is no folder {folder}", remedy)
     found = check_folder("artifacts", Path(folder), remedy, is_needed=True)
     if found.status != "ok" or is_here:
         return found
@@ -194,6 +205,9 @@ def check_environment(
         config: What belongs to it.
         is_here: Whether the cluster is on this machine; of another one's commands and ports nothing can be seen.
     """
+    if kind == "LOOPBACK" and not is_here:
+        told = "LOOPBACK: the workers are threads of this process, which a cluster elsewhere does not reach"
+        return Finding("environment", "problem", told, f"give DOCKER, PROCESS or EXTERNAL ({_DOCS})")
     if kind == "LOOPBACK" or (kind is None and is_embedded):
         return Finding("environment", "ok", "LOOPBACK: the workers are threads of this process")
     if kind in (None, "DOCKER"):
@@ -204,7 +218,11 @@ def check_environment(
         if not config:
             remedy = f"give --environment_config=HOST:PORT ({_DOCS})"
             return Finding("environment", "problem", "EXTERNAL without the address of a worker pool", remedy)
-        address = json.loads(config)["url"] if config.lstrip().startswith("{") else config
+        try:
+            address = str(json.loads(config)["url"]) if config.lstrip().startswith("{") else config
+        except (ValueError, KeyError):
+            told = f"EXTERNAL needs the address of a worker pool, got --environment_config={config}"
+            return Finding("environment", "problem", told, f"give --environment_config=HOST:PORT ({_DOCS})")
         remedy = f"start one beside each TaskManager: IMAGE --worker_pool ({_DOCS})"
         if not is_here and _host(address) in _LOOPBACK:
             told = f"{address} of each TaskManager's host, which cannot be seen from here"
@@ -216,8 +234,12 @@ def check_environment(
 
 def _check_docker(image: str | None) -> Finding:
     if not image:
-        told = "DOCKER with Beam's own image, which has no Beamsight"
-        return Finding("environment", "problem", told, f"give --sdk_container_image=IMAGE ({_DOCS})")
+        told = "Flink's workers would have Beam's own image, which has no Beamsight"
+        remedy = (
+            "give --sdk_container_image=IMAGE, --environment_type=EXTERNAL with --environment_config=HOST:PORT of a worker pool, or "
+            f"--environment_type=PROCESS ({_DOCS})"
+        )
+        return Finding("environment", "problem", told, remedy)
     return describe_image("environment", image)
 
 

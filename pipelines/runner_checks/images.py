@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -16,6 +17,9 @@ from vlm_ops.diagnosis.places import ANSWER_SEC
 
 def describe_image(name: str, image: str) -> Finding:
     """What is known here of an image, by its labels."""
+    if re.match(r"(docker\.io/)?apache/beam_python", image):
+        told = f"{image} is Beam's own image, which has no Beamsight"
+        return Finding(name, "problem", told, "build one from the Dockerfile (docs/container.md)")
     for program in ("docker", "podman"):  # the first one may be there without its daemon
         if path := shutil.which(program):
             command = [path, "image", "inspect", "--format", "{{json .Config.Labels}}", image]

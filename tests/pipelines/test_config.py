@@ -80,6 +80,18 @@ def test_flags_of_beam(config: Any) -> None:
     assert options.parse_build([*flags, "--job_name", "mine"]).beam_args == (*beam_args[1:], "--job_name", "mine")
 
 
+def test_switches_of_beam_that_are_off(config: Any, capsys: pytest.CaptureFixture) -> None:
+    flags = ["--input", "gs://i", "--catalog", "gs://c", "--runner", "SparkRunner"]
+    off = options.parse_build([*config("use_public_ips: false\nsave_main_session: false\n"), *flags])
+    assert off.beam_args == ("--no_use_public_ips", "--no_save_main_session")
+    assert "region: must be a value, got the switch false" in error_of(
+        options.parse_build, [*config("region: no\n"), *flags], capsys
+    )
+    assert "--parallelism: flags stand there without their dashes" in error_of(
+        options.parse_build, [*config("--parallelism: 3\n"), *flags], capsys
+    )
+
+
 def test_other_runners_have_flags_of_their_own(config: Any) -> None:
     flags = config("input: i\ncatalog: c\nrunner: FlinkRunner\nflink_thing: 3\n")
     assert options.parse_build(flags).beam_args == ("--flink_thing=3",)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from pathlib import Path
 
 import apache_beam as beam
@@ -115,32 +117,48 @@ def test_printed_flags_are_those_that_beam_is_given_and_nothing_is_done(
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--runner", "dataflow", "--job_name=mine", *DATAFLOW, "--num_workers=4", "--device", "cuda"])
     assert stopped.value.code == 0
-    printed = capsys.readouterr().out.splitlines()
+    printed = shlex.split(capsys.readouterr().out)
     options = options_of("dataflow", "--job_name=mine", *DATAFLOW, "--num_workers=4", device="cuda")
     assert PipelineOptions(printed).get_all_options() == options.get_all_options()
     assert options.view_as(WorkerOptions).num_workers == 4 and not (tmp_path / "catalog").exists()
 
 
+@pytest.fixture
+def java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has."""
+    (tmp_path / "java").write_text("#!/bin/sh\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--runner", "flink", "--flink_master=flink:8081"], "Flink's workers have no Beamsight; give --sdk_container_image"),
-        (["--runner", "flink", *FLINK, "--flink_master=127.0.0.1:1"], "127.0.0.1:1 does not answer: [Errno 111] Connection refused; start"),
-        (["--runner", "flink", *FLINK, "--flink_job_server_jar=/no.jar"], "there is no /no.jar; fetch beam-runners-flink-"),
+        (["--runner", "flink", "--environment_type=DOCKER"], "environment: Flink's workers would have Beam's own image"),
+        (["--runner", "flink", "--flink_master=127.0.0.1:1"], "master: http://127.0.0.1:1 does not answer"),
+        (["--runner", "flink", "--flink_master=127.0.0.1:x"], "master: http://127.0.0.1:x is no Flink"),
+        (["--runner", "flink", "--environment_type=PROCESS", '--environment_config={"command": "/no/boot"}'], "/no/boot is not there"),
+        (["--runner", "flink", "--environment_type=EXTERNAL"], "EXTERNAL without the address of a worker pool"),
+        (["--runner", "flink", "--flink_mster=flink:8081"], "unknown flag '--flink_mster=flink:8081'; did you mean --flink_master?"),
+        (["--runner", "flink", "--num_thread=3"], "unknown flag '--num_thread=3'; did you mean --num_threads?"),
+        (["--runner", "flink", "--flink_version=1.18"], "argument --flink_version: invalid choice: '1.18'"),
+        (["--runner", "flnk"], "unknown runner 'flnk'; did you mean flink?"),
         (["--num_workers=3"], "--num_workers is of Dataflow's machines; did you mean --num_threads?"),
-        (["--runner", "flink", *FLINK, "--num_thread=3"], "unknown flag '--num_thread=3'; did you mean --num_threads?"),
-        (["--runner", "dataflow", *DATAFLOW[:3]], "Dataflow's workers have no Beamsight; give --sdk_container_image"),
+        (["--runner", "dataflow", *DATAFLOW[:3]], "image: none is named, and Dataflow's workers have no Beamsight; give --sdk_container_image"),
         (["--runner", "dataflow", *DATAFLOW[1:]], "--project is missing; give one, such as --project=PROJECT-ID"),
+        (["--runner", "dataflow", *DATAFLOW, "--project=My Shop"], "'My Shop' is no project id"),
         (["--runner", "dataflow", *DATAFLOW[:2], DATAFLOW[3]], "--temp_location is missing"),
-        (["--runner", "dataflow", *DATAFLOW, "--temp_location=/tmp"], "--temp_location=/tmp: must be in a bucket"),
-        (["--runner", "dataflow", *DATAFLOW, "--job_name=My Job"], "--job_name=My Job: must be of a-z, 0-9 and -"),
-        (["--runner", "dataflow", *DATAFLOW, "--region=europe-west4-a"], "europe-west4-a is a zone; give --region=europe-west4"),
-        (["--runner", "dataflow", *DATAFLOW, "--device", "cuda", "--machine_type=a2-highgpu-1g"], "1 nvidia-l4 on a2-highgpu-1g, which does not take it"),
+        (["--runner", "dataflow", *DATAFLOW, "--temp_location=/tmp"], "--temp_location=/tmp is not in a bucket"),
+        (["--runner", "dataflow", *DATAFLOW, "--staging_location=/tmp"], "--staging_location=/tmp is not in a bucket"),
+        (["--runner", "dataflow", *DATAFLOW, "--job_name=My Job"], "--job_name=My Job is none that Dataflow takes"),
         (["--runner", "dataflow", *DATAFLOW, "--nonsense=1"], "unknown flag '--nonsense=1'"),
+        (["--runner", "Dataflow", *DATAFLOW, "--machine_typ=n1"], "did you mean --machine_type?"),
+        (["--runner", "dataflow", *DATAFLOW, "--num_workers=x"], "argument --num_workers: invalid int value: 'x'"),
         (["--runner", "dataflow", *DATAFLOW, "--input", "photos/"], "cannot see 'photos/' of this machine; give --input a place"),
         (["--runner", "dataflow", *DATAFLOW, "--catalog", "mine"], "cannot see 'mine' of this machine; give CATALOG a place"),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("java")
 def test_what_a_runner_lacks_is_told_before_any_work(
     flags: list[str], told: str, capsys: pytest.CaptureFixture
 ) -> None:

@@ -24,7 +24,7 @@ L4 = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
         ([L4.replace("nvidia-l4", "nvidia-a100-80gb")], "a2-ultragpu-4g", "problem", "which has 4"),
         ([L4], "a2-highgpu-1g", "problem", "does not take it"),
         (["x=1", L4], "n2-standard-4", "problem", "does not take it"),
-        ([L4], None, "problem", "the default machine, which does not take it"),
+        ([L4], None, "problem", "of the default type, which does not take it"),
         (["worker_accelerator=type:nvidia-tesla-t4;count:2;install-nvidia-driver"], "n1-standard-8", "ok", "2 nvidia"),
         (["worker_accelerator=type:nvidia-l4;count:1"], "g2-standard-8", "problem", "without a driver"),
         (["worker_accelerator=type:nvidia-l4,count:1"], "g2-standard-8", "problem", "is no accelerator"),
@@ -32,6 +32,13 @@ L4 = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
         (["worker_accelerator=type:tpu;count:1;install-nvidia-driver"], "g2-standard-8", "warning", "does not know"),
         ([], "g2-standard-8", "problem", "g2-standard-8 has cards, but none is asked for"),
         ([], "n2-standard-4", "ok", "none"),
+        (["worker_accelerator=count:1;type:nvidia-l4;install-nvidia-driver"], "g2-standard-8", "ok", "1 nvidia-l4"),
+        (
+            ["worker_accelerator=type:nvidia-l44;count:1;install-nvidia-driver"],
+            "g2-standard-8",
+            "problem",
+            "does not know",
+        ),
     ],
 )
 def test_accelerators(options: list[str], machine: str | None, status: str, told: str) -> None:

@@ -44,6 +44,8 @@ def master() -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path not in pages:
+                return self.send_error(404)
             body = json.dumps(pages[self.path]).encode()
             self.send_response(200)
             self.end_headers()
@@ -114,6 +116,12 @@ def test_the_job_of_a_name_is_cancelled_and_no_other(master: str) -> None:
         assert json.load(answer) == ["/jobs/a2?mode=cancel"]
 
 
+def test_a_master_that_is_something_else(master: str) -> None:
+    findings = list(check_flink(PipelineOptions([f"--flink_master={master}/other", "--environment_type=LOOPBACK"])))
+    (found,) = [each for each in findings if each.name == "master"]
+    assert found.status == "problem" and "answers, but is no Flink" in found.told and found.remedy
+
+
 def test_a_master_that_does_not_answer() -> None:
     findings = list(check_flink(PipelineOptions(["--flink_master=127.0.0.1:1", "--environment_type=LOOPBACK"])))
     (master,) = [each for each in findings if each.name == "master"]
@@ -155,6 +163,7 @@ def test_artifacts_that_the_task_managers_do_not_see(tmp_path: Path) -> None:
     assert away.status == "problem" and "--artifacts_dir" in away.remedy
     assert check_artifacts(str(tmp_path), is_here=True).status == "ok"
     assert check_artifacts(str(tmp_path), is_here=False).status == "unknown"
+    assert check_artifacts(str(tmp_path / "absent"), is_here=True).status == "problem"
     (tmp_path / "file").touch()
     assert check_artifacts(str(tmp_path / "file"), is_here=True).status == "problem"
 
@@ -176,6 +185,9 @@ def test_environments(tmp_path: Path) -> None:
     assert elsewhere.status == "unknown" and "each TaskManager's host" in elsewhere.told, "a sidecar"
     assert check_environment("PROCESS", '{"command": "/no/boot"}', None, False, is_here=False).status == "unknown"
     assert status("SOMETHING", None, None) == "problem"
+    assert status("EXTERNAL", '{"address": "h:1"}', None) == status("EXTERNAL", "{", None) == "problem"
+    assert status("DOCKER", None, "apache/beam_python3.11_sdk:2.77.0") == "problem"
+    assert check_environment("LOOPBACK", None, None, False, is_here=False).status == "problem"
 
 
 def test_labels_of_an_image() -> None:
