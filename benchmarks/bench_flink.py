@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=100, help="in each shard")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if args.shards < 4:
+        parser.error(f"--shards must be at least 4, got {args.shards}: the rate is taken between parts")
     results: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "corpus"

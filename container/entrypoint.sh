@@ -9,6 +9,15 @@ case "${1:-}" in
 --worker_pool)
     # As boot would start it, but its workers come through here.
     shift
+    for flag in "$@"; do
+        case "$flag" in
+        --service_port=*) ;;
+        *)
+            echo "beamsight: a worker pool knows --service_port=PORT alone, got $flag" >&2
+            exit 2
+            ;;
+        esac
+    done
     trap 'kill "$pool"; wait "$pool"' TERM INT # the first process of a container ignores signals that it does not trap
     python -m apache_beam.runners.worker.worker_pool_main --service_port=50000 --container_executable="$0" "$@" &
     pool=$!

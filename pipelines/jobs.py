@@ -52,12 +52,18 @@ def run_to_end(pipeline: beam.Pipeline) -> PipelineResult | None:
     with contextlib.redirect_stderr(shown), _job_server_of(pipeline.runner), told, _terminated_as_interrupted(options):
         if is_dataflow:
             check_staging(options)
-        result = pipeline.run()
+        try:
+            result = pipeline.run()
+        except KeyboardInterrupt:
+            _cancel_at_flink(options)
+            raise
         if template := options.view_as(GoogleCloudOptions).template_location:
             logger.info("the job was written to %s", template)
             return None
         if is_dataflow:
             logger.info("the job's page is %s", page_of(result, options))
+        elif master := _master(options):
+            logger.info("the job %s is at %s", options.view_as(GoogleCloudOptions).job_name, master)
         try:
             with seen() if is_dataflow else contextlib.nullcontext():
                 state = result.wait_until_finish()
@@ -135,8 +141,26 @@ def _cancel(result: PipelineResult, options: PipelineOptions) -> None:
     """Another machine's job goes on when the one that has submitted it does not, and keeps its slots."""
     try:
         result.cancel()
-        master = options.view_as(FlinkRunnerOptions).flink_master
-        if master not in EMBEDDED:  # the job server only stops waiting for a batch job (seen with that of Beam 2.70)
-            cancel_job(master, options.view_as(GoogleCloudOptions).job_name)
     except Exception as error:  # of any runner; the interruption is what counts
         logger.warning("the job could not be cancelled, and may go on: %s", error)
+    _cancel_at_flink(options)
+
+
+def _cancel_at_flink(options: PipelineOptions) -> None:
+    """The job server only stops waiting for a batch job (seen with that of Beam 2.70)."""
+    master, name = _master(options), options.view_as(GoogleCloudOptions).job_name
+    if master is None:
+        return
+    try:
+        if not cancel_job(master, name):
+            logger.warning("no job %s is at %s; should it have been on its way, cancel it there", name, master)
+    except Exception as error:  # the interruption is what counts
+        logger.warning("the job %s could not be cancelled at %s, and may go on: %s", name, master, error)
+
+
+def _master(options: PipelineOptions) -> str | None:
+    """Where a job on Flink is seen; None where there is no such place."""
+    if options.view_as(StandardOptions).runner != "FlinkRunner":
+        return None
+    master = options.view_as(FlinkRunnerOptions).flink_master
+    return None if master in EMBEDDED else master

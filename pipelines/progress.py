@@ -158,7 +158,7 @@ def counting(title: str, total: int, unit: str = "image") -> Iterator[Callable[[
                 rate = done / (now - started)
                 scale, name = (1e6, "MB") if is_scaled else (1, f"{unit}s")
                 logger.info(
-                    "%s: %.0f of %.0f %s, %.1f %s/s, time left %s",
+                    "%s: %.0f of %.0f %s, %.3g %s/s, time left %s",
                     title, done / scale, total / scale, name, rate / scale, name,
                     f"{(total - done) / rate:.0f} s" if done else "unknown",
                 )  # fmt: skip
@@ -184,10 +184,14 @@ def watching(
             pause = _WATCH_SEC
             while not stopped.wait(pause):
                 started = time.monotonic()
-                with suppress(OSError):  # the work itself will tell
+                done: set[str] = set()
+                with suppress(OSError):  # nothing is there yet, or storage fails, of which the work itself will tell
                     done = left.intersection(list_names())
-                    left -= done
-                    advance(sum(amounts[name] for name in done))
+                left -= done
+                advance(sum(amounts[name] for name in done))
+                if not left:
+                    logger.info("%s: all is computed, and is being published", title)
+                    return
                 pause = max(_WATCH_SEC, (time.monotonic() - started) / _MAX_SHARE_OF_WATCHING)
 
         watcher = threading.Thread(target=watch, daemon=True)

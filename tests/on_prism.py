@@ -21,4 +21,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _main(arguments)
 
 
-cli.main = main
+def pytest_configure() -> None:
+    """Called where this is a plugin, and not where it is imported."""
+    cli.main = main

@@ -123,8 +123,9 @@ def _go_binary(module: str) -> str:
     """A program built from its Go module; built once, and kept in Beamsight's cache."""
     from vlm_ops.models.onnx_engine import cache_dir  # heavy, and the other servers do not need it
 
-    folder = cache_dir() / "servers"
-    path = folder / module.partition("@")[0].rpartition("/")[2]
+    name, _, version = module.partition("@")
+    folder = cache_dir() / "servers" / version
+    path = folder / name.rpartition("/")[2]
     if path.exists():
         return str(path)
     if not shutil.which("go"):

@@ -161,8 +161,12 @@ def judge_slots(overview: Mapping[str, Any]) -> Finding:
     return Finding("slots", "ok", told)
 
 
-def cancel_job(master: str, name: str) -> None:
-    """Cancels the job of a name, if it runs; nothing where several do, of which one is another's."""
+def cancel_job(master: str, name: str) -> bool:
+    """Cancels the job of a name, if it runs; nothing where several do, of which one is another's.
+
+    Returns:
+        Whether there was one.
+    """
     jobs = _get(f"{_url(master)}/jobs/overview")["jobs"]
     running = [job["jid"] for job in jobs if job["name"] == name and job["end-time"] < 0]
     if len(running) > 1:
@@ -170,6 +174,7 @@ def cancel_job(master: str, name: str) -> None:
     for job in running:
         request = urllib.request.Request(f"{_url(master)}/jobs/{job}?mode=cancel", method="PATCH")
         urllib.request.urlopen(request, timeout=ANSWER_SEC).close()
+    return bool(running)
 
 
 def check_artifacts(folder: str | None, is_here: bool) -> Finding:
@@ -186,8 +191,8 @@ def check_artifacts(folder: str | None, is_here: bool) -> Finding:
         return Finding("artifacts", "problem", told, remedy)
     if "://" in folder:
         return Finding("artifacts", "unknown", f"{folder}; whether the TaskManagers can read it is seen in a run")
-    if not Path(folder).is_dir():
-        return Finding("artifacts", "problem", f"there is no folder {folder}", remedy)
+    if not is_here and not Path(folder).is_dir():  # here, the job server makes it
+        return Finding("artifacts", "problem", f"there is no folder {folder}, so it is not one that is shared", remedy)
     found = check_folder("artifacts", Path(folder), remedy, is_needed=True)
     if found.status != "ok" or is_here:
         return found

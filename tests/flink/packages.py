@@ -6,6 +6,7 @@ the version of the Python package; this one is put together from `pom.xml` with 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -32,7 +33,8 @@ def flink_libraries() -> Path:
 
 def job_server() -> Path:
     """The jar that turns Beam's pipelines into Flink's jobs."""
-    return _kept(f"flink-job-server-{FLINK_VERSION}.jar", _assemble_job_server)
+    made_of = hashlib.sha256(_POM.read_bytes()).hexdigest()[:8]
+    return _kept(f"flink-job-server-{FLINK_VERSION}-{made_of}.jar", _assemble_job_server)
 
 
 def boot() -> Path:

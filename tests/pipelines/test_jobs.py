@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import apache_beam as beam
 import pytest
@@ -11,7 +12,16 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pipelines.jobs import run_to_end
 
 
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """Shells start what is in the background with SIGINT ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("in_the_foreground")
 def test_an_interrupted_wait_cancels_the_job_which_would_go_on(number: int) -> None:
     class Result:
         is_cancelled = False
