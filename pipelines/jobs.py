@@ -160,7 +160,5 @@ def _cancel_at_flink(options: PipelineOptions) -> None:
 
 def _master(options: PipelineOptions) -> str | None:
     """Where a job on Flink is seen; None where there is no such place."""
-    if options.view_as(StandardOptions).runner != "FlinkRunner":
-        return None
     master = options.view_as(FlinkRunnerOptions).flink_master
     return None if master in EMBEDDED else master
